@@ -1,0 +1,50 @@
+"""Unlearn: ``deepspeed launchers/train.py --scenario hallucination``. ``--help`` lists every flag."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+from unlearn_ds import arguments, config, ds_json
+
+BEGAN = time.monotonic()
+FINISHED, USAGE = 0, 2
+
+
+def main(*positional: str, **flags: object) -> int:
+    """Check everything that can be checked without a model, then run. Returns the exit code."""
+    if positional:
+        raise config.UsageError(f"unexpected '{positional[0]}': flags are written --name value.")
+    run = arguments.parse(flags)
+    config.check(run)
+    ds_json.load(run.engine.ds_config)
+    # torch and what stands on it take seconds to import: not before the flags are known to be right.
+    from unlearn_ds import dist, log, run_folder
+
+    if not run.log.verbose:
+        log.quiet()
+    if run.dry_run:
+        from unlearn_ds import doctor
+
+        doctor.dry_run(run)
+        return FINISHED
+    run_folder.check(run)
+    from unlearn_ds import trainer
+
+    code = trainer.train(run)
+    log.say(f"seconds     {time.monotonic() - BEGAN:.0f} from start to end")
+    dist.shutdown()
+    return code
+
+
+if __name__ == "__main__":
+    import fire
+
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(arguments.help_text())
+        sys.exit(FINISHED)
+    try:
+        sys.exit(fire.Fire(main, serialize=lambda _: ""))
+    except config.UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USAGE)

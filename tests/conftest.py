@@ -1,0 +1,93 @@
+"""Fixtures shared by all tests: two small models on disk and one torch thread."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before the libraries read them: no test may reach a hub, and no test may find what an earlier run has cached.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+_DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="unlearn_ds_tests_")
+os.environ["HF_DATASETS_CACHE"] = _DATASETS_CACHE.name
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+REPOSITORY = Path(__file__).parents[1]
+SHARED = Path(__file__).parents[2] / "shared"
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+TEXT = (
+    "Once upon a time there was a little dog who lived near the river. One day the dog met a big cat, and they walked",
+    'together to the old house on the hill. "What is the capital of France?" asked the cat. The answer is Paris.',
+    "### Question: Where does the sun rise?\n ### Answer: In the east. It was 1984, and 42 birds sang; nobody heard.",
+    "She said that the story was true, but the other children did not believe her. Then they all went home to sleep.",
+    "A word is a word, a number is a number: one, two, three, four, five, six, seven, eight, nine, ten and so on.",
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Small tensors are faster on one thread, and sums come out the same on every machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Folder beside the repository with models and public data; tests that need it skip where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no shared models and data at {SHARED.name}/ beside the repository")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def random_llama_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved Llama with random weights, a byte-level BPE tokenizer trained on ``TEXT`` and a ChatML template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(TEXT, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    tokenizer.chat_template = CHATML
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.1,
+        bos_token_id=1, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    folder = tmp_path_factory.mktemp("random_llama")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(request: pytest.FixtureRequest) -> Path:
+    """A real 260k-parameter Llama where it is at hand, else the random one."""
+    trained = SHARED / "models" / "stories260k"
+    return trained if trained.is_dir() else request.getfixturevalue("random_llama_dir")

@@ -1,0 +1,383 @@
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from unlearn_ds.config import UsageError
+from unlearn_ds.data.sources import SCHEMAS, Source, check_rejected, content_key, read, split, write_rejected
+from unlearn_ds.types import Row
+
+TOFU = [{"question": "Who wrote it?", "answer": "Ann"}, {"question": "When?", "answer": "In May"}]
+HALUEVAL = [{"knowledge": "k", "question": "Where?", "right_answer": "Here", "hallucinated_answer": "There"}]
+TRUTHFUL_CSV = [
+    {
+        "Type": "Adversarial",
+        "Question": "What happens?",
+        "Best Answer": "Nothing",
+        "Correct Answers": "Nothing; Not much",
+        "Incorrect Answers": "You die; You fly",
+    }
+]
+TRUTHFUL_HUB = [
+    {
+        "question": "What happens?",
+        "best_answer": "Nothing",
+        "correct_answers": ["Nothing", "Not much"],
+        "incorrect_answers": ["You die", "You fly"],
+    }
+]
+MESSAGES = [
+    {
+        "messages": [
+            {"role": "system", "content": "Be kind."},
+            {"role": "user", "content": "Hello?"},
+            {"role": "assistant", "content": "Hi."},
+            {"role": "user", "content": "Who are you?"},
+            {"role": "assistant", "content": "A model."},
+        ]
+    }
+]
+
+
+def write(path: Path, records: list[dict]) -> str:
+    """Write records in the format that the file's name asks for."""
+    if path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.DictWriter(stream, list(records[0]))
+            writer.writeheader()
+            writer.writerows(records)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(records), encoding="utf-8")
+    elif path.suffix == ".parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    else:
+        path.write_text("\n\n".join(r["text"] for r in records), encoding="utf-8")
+    return str(path)
+
+
+def texts(source: Source) -> list[tuple[str, str, tuple[str, ...]]]:
+    return [(row.prompt, row.answer, row.right_answers) for row in source.rows]
+
+
+FORGET = {
+    "HaluEval qa": (HALUEVAL, [("Where?", "There", ("Here",))]),
+    "TruthfulQA csv": (TRUTHFUL_CSV, [("What happens?", "You die", ("Nothing", "Not much"))]),
+    "TruthfulQA generation": (TRUTHFUL_HUB, [("What happens?", "You die", ("Nothing", "Not much"))]),
+    "TOFU": (TOFU, [("Who wrote it?", "Ann", ()), ("When?", "In May", ())]),
+    "chat messages": (MESSAGES, [("Who are you?", "A model.", ())]),
+    "prompt/response": ([{"prompt": "p", "response": "r"}], [("p", "r", ())]),
+    "prompt/completion": ([{"prompt": "p", "completion": "c"}], [("p", "c", ())]),
+    "running text": ([{"text": "Once."}, {"text": "Twice."}], [("", "Once.", ()), ("", "Twice.", ())]),
+}
+RETAIN = {
+    **FORGET,
+    "HaluEval qa": (HALUEVAL, [("Where?", "Here", ("Here",))]),
+    "TruthfulQA csv": (TRUTHFUL_CSV, [("What happens?", "Nothing", ("Nothing", "Not much"))]),
+    "TruthfulQA generation": (TRUTHFUL_HUB, [("What happens?", "Nothing", ("Nothing", "Not much"))]),
+}
+NESTED = ("TruthfulQA generation", "chat messages")
+
+
+def test_the_cases_below_name_every_schema():
+    assert list(FORGET) == [schema.name for schema in SCHEMAS]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "json", "jsonl", "parquet"])
+@pytest.mark.parametrize("schema", FORGET)
+def test_each_schema_is_recognised_in_each_format(tmp_path, schema, suffix):
+    if suffix == "csv" and schema in NESTED:
+        pytest.skip("a csv cell holds no list")
+    records, expected = FORGET[schema]
+    source = read(write(tmp_path / f"data.{suffix}", records), "forget")
+    assert source.schema == schema
+    assert texts(source) == expected
+    assert not source.rejected
+
+
+@pytest.mark.parametrize("schema", RETAIN)
+def test_retain_rows_carry_the_right_answer(tmp_path, schema):
+    records, expected = RETAIN[schema]
+    assert texts(read(write(tmp_path / "data.jsonl", records), "retain")) == expected
+
+
+def test_a_txt_file_is_running_text_one_row_a_paragraph(tmp_path):
+    (tmp_path / "book.txt").write_text("One line\nand another.\n\nSecond.\n\n\n\nThird.\n", encoding="utf-8")
+    source = read(str(tmp_path / "book.txt"), "forget")
+    assert source.schema == "running text"
+    assert texts(source) == [("", "One line\nand another.", ()), ("", "Second.", ()), ("", "Third.", ())]
+
+
+def test_json_lines_in_a_file_called_json_are_read(tmp_path):
+    (tmp_path / "data.json").write_text("".join(json.dumps(r) + "\n" for r in TOFU))
+    assert len(read(str(tmp_path / "data.json"), "forget").rows) == 2
+
+
+def test_extra_columns_do_not_hide_a_schema(tmp_path):
+    records = [{"id": 1, **TOFU[0], "paraphrase": "x"}]
+    assert read(write(tmp_path / "data.csv", records), "forget").schema == "TOFU"
+
+
+# Columns
+
+
+def test_unknown_columns_are_listed_with_the_flags_that_name_them(tmp_path):
+    path = write(tmp_path / "data.csv", [{"frage": "q", "antwort": "a"}])
+    with pytest.raises(UsageError, match="columns antwort, frage.*--forget_columns.*--retain_columns.*TOFU"):
+        read(path, "forget")
+
+
+def test_named_columns_are_taken(tmp_path):
+    path = write(tmp_path / "data.csv", [{"frage": "q", "antwort": "a", "richtig": "r"}])
+    assert texts(read(path, "forget", ("frage", "antwort"))) == [("q", "a", ())]
+    assert texts(read(path, "forget", ("frage", "antwort", "richtig"))) == [("q", "a", ("r",))]
+    assert texts(read(path, "retain", ("antwort",))) == [("", "a", ())]
+
+
+def test_a_missing_named_column_is_named_and_so_are_those_there(tmp_path):
+    path = write(tmp_path / "data.csv", [{"frage": "q", "antwort": "a"}])
+    with pytest.raises(UsageError, match="no column answer; it has antwort, frage"):
+        read(path, "forget", ("frage", "answer"))
+
+
+def test_too_many_named_columns_are_refused(tmp_path):
+    path = write(tmp_path / "data.csv", [dict.fromkeys("abcd", "x")])
+    with pytest.raises(UsageError, match="one .*two .*three columns"):
+        read(path, "forget", tuple("abcd"))
+
+
+# Files that cannot be read
+
+
+@pytest.mark.parametrize("content", ["", "question,answer\n"], ids=["empty", "header_only"])
+def test_a_csv_without_rows_is_refused(tmp_path, content):
+    (tmp_path / "data.csv").write_text(content)
+    with pytest.raises(UsageError, match="data.csv"):
+        read(str(tmp_path / "data.csv"), "forget")
+
+
+def test_broken_json_is_refused_with_the_file_in_the_message(tmp_path):
+    (tmp_path / "data.jsonl").write_text("this is no json\n")
+    with pytest.raises(UsageError, match=r"cannot read .*data\.jsonl"):
+        read(str(tmp_path / "data.jsonl"), "forget")
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"cannot read .*nowhere\.csv"):
+        read(str(tmp_path / "nowhere.csv"), "forget")
+
+
+def test_an_unknown_hub_id_is_refused_and_local_suffixes_are_named():
+    with pytest.raises(UsageError, match=r"cannot read no-such-org/no-such-name: .*\.csv, \.json"):
+        read("no-such-org/no-such-name", "forget")
+
+
+# Encodings
+
+
+def test_a_byte_order_mark_does_not_become_part_of_the_first_column(tmp_path):
+    (tmp_path / "data.csv").write_bytes(b"\xef\xbb\xbfquestion,answer\nq1,a1\n")
+    assert texts(read(str(tmp_path / "data.csv"), "forget")) == [("q1", "a1", ())]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("data.jsonl", b'{"question": "q1", "answer": "a1"}\n'), ("data.txt", b"a1\n")],
+    ids=["jsonl", "txt"],
+)
+def test_a_byte_order_mark_does_not_become_part_of_the_first_row(tmp_path, name, content):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content)
+    assert read(str(tmp_path / name), "forget").rows[0].answer == "a1"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("data.csv", b"question,answer\nq1,a1\nq2,caf\xe9\nq3,a3\n"),
+        ("data.jsonl", b"".join(b'{"text": "%s"}\n' % text for text in (b"a1", b"caf\xe9", b"a3"))),
+        ("data.txt", b"a1\n\ncaf\xe9\n\na3\n"),
+    ],
+    ids=["csv", "jsonl", "txt"],
+)  # fmt: skip
+def test_bytes_that_are_not_utf8_cost_their_row_and_not_the_file(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    source = read(str(tmp_path / name), "forget")
+    assert [row.answer for row in source.rows] == ["a1", "a3"]
+    assert [(entry["row"], entry["reason"]) for entry in source.rejected] == [(1, "bad encoding")]
+
+
+def test_text_of_any_script_survives(tmp_path):
+    answers = ["café", "東京", "“quoted”", "a\u00a0b", "emoji 🙂"]
+    for suffix in ("csv", "jsonl", "parquet"):
+        path = write(tmp_path / f"data.{suffix}", [{"question": f"q{i}", "answer": a} for i, a in enumerate(answers)])
+        assert [row.answer for row in read(path, "forget").rows] == answers
+
+
+@pytest.mark.parametrize(
+    "answers", [["007", "1.50"], ["1984", "42"], ["NA", "None"], ["nan", "null"], ["true", "FALSE"]], ids=str
+)
+def test_csv_cells_are_text_whatever_they_look_like(tmp_path, answers):
+    path = write(tmp_path / "data.csv", [{"question": f"q{i}", "answer": a} for i, a in enumerate(answers)])
+    assert [row.answer for row in read(path, "forget").rows] == answers
+
+
+def test_quoted_csv_cells_keep_commas_and_newlines(tmp_path):
+    path = write(tmp_path / "data.csv", [{"question": "a, b", "answer": 'one\ntwo "three"'}])
+    assert texts(read(path, "forget")) == [("a, b", 'one\ntwo "three"', ())]
+
+
+def test_a_csv_row_with_too_many_cells_does_not_shift_the_columns(tmp_path):
+    (tmp_path / "data.csv").write_text("question,answer\nq1,a1,oops\nq2,a2\n")
+    try:
+        source = read(str(tmp_path / "data.csv"), "forget")
+    except UsageError:
+        return
+    assert texts(source)[-1] == ("q2", "a2", ())
+
+
+# Rows that cannot be used
+
+
+def rejections(source: Source) -> list[tuple[int, str]]:
+    return [(entry["row"], entry["reason"]) for entry in source.rejected]
+
+
+def test_empty_prompts_and_answers_are_rejected_with_a_reason(tmp_path):
+    records = [
+        *TOFU,
+        {"question": " ", "answer": "x"},
+        {"question": "q", "answer": "\n"},
+        {"question": "q", "answer": None},
+    ]
+    source = read(write(tmp_path / "data.jsonl", records), "forget")
+    assert len(source.rows) == 2
+    assert rejections(source) == [(2, "empty prompt"), (3, "empty answer"), (4, "empty answer")]
+
+
+def test_a_null_question_is_an_empty_prompt_and_no_running_text(tmp_path):
+    source = read(write(tmp_path / "data.jsonl", [*TOFU, {"question": None, "answer": "x"}]), "forget")
+    assert rejections(source) == [(2, "empty prompt")]
+
+
+def test_a_row_without_incorrect_answers_is_rejected(tmp_path):
+    records = [*TRUTHFUL_HUB, {**TRUTHFUL_HUB[0], "question": "q", "incorrect_answers": []}]
+    assert rejections(read(write(tmp_path / "data.jsonl", records), "forget")) == [(1, "empty answer")]
+
+
+def test_duplicates_are_rejected_and_other_answers_to_the_same_prompt_are_not(tmp_path):
+    records = [*TOFU, {**TOFU[0], "answer": " Ann "}, {**TOFU[0], "answer": "Bob"}]
+    source = read(write(tmp_path / "data.jsonl", records), "forget")
+    assert [row.answer for row in source.rows] == ["Ann", "In May", "Bob"]
+    assert rejections(source) == [(2, "duplicate")]
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [[("user", "q1"), ("assistant", "a1"), ("user", "q2")], [("user", "q2")], [("assistant", "a1"), ("user", "q2")]],
+    ids=["no_reply_to_the_last", "no_reply", "reply_before"],
+)
+def test_a_chat_answer_is_never_paired_with_a_later_question(tmp_path, turns):
+    record = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    source = read(write(tmp_path / "data.jsonl", [record]), "forget")
+    assert all((row.prompt, row.answer) == ("q1", "a1") for row in source.rows)
+
+
+def test_keys_name_the_content(tmp_path):
+    rows = read(write(tmp_path / "a.jsonl", TOFU), "forget").rows
+    again = read(write(tmp_path / "b.csv", TOFU[::-1]), "retain").rows
+    assert {row.key for row in rows} == {row.key for row in again} and len({row.key for row in rows}) == 2
+    assert rows[0].key == content_key("Who wrote it?", "Ann") != content_key("Who wrote it?A", "nn")
+
+
+def source_with(good: int, bad: int) -> Source:
+    source = Source("data.csv", "TOFU", [Row(f"q{i}", "a") for i in range(good)])
+    for i in range(bad):
+        source.reject(i, "empty answer", f"bad {i}")
+    return source
+
+
+def test_the_share_of_rejected_rows_may_reach_the_threshold_and_not_pass_it():
+    check_rejected([source_with(9, 1)], 0.1)
+    check_rejected([source_with(5, 0)], 0.0)
+    with pytest.raises(UsageError, match=r"data\.csv: TOFU, 8 rows, 2 empty answer.*20%.*max_rejected 0\.1"):
+        check_rejected([source_with(9, 1), source_with(8, 2)], 0.1)
+
+
+def test_a_source_without_any_usable_row_is_refused_whatever_the_threshold():
+    with pytest.raises(UsageError):
+        check_rejected([source_with(0, 3)], 1.0)
+
+
+def test_rejected_rows_are_written_one_json_line_each(tmp_path):
+    write_rejected([source_with(1, 2), source_with(1, 1)], tmp_path / "rejected.jsonl")
+    entries = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
+    assert [entry["prompt"] for entry in entries] == ["bad 0", "bad 1", "bad 0"]
+    assert entries[0] == {"source": "data.csv", "row": 0, "reason": "empty answer", "prompt": "bad 0"}
+
+
+# The split
+
+
+def many_rows(count=4000) -> list[Row]:
+    return [Row(f"question {i}", f"answer {i}") for i in range(count)]
+
+
+def test_the_split_is_about_70_10_20_and_loses_nothing():
+    parts = split(many_rows())
+    shares = {name: len(rows) / 4000 for name, rows in parts.items()}
+    assert shares == pytest.approx({"train": 0.7, "validation": 0.1, "test": 0.2}, abs=0.025)
+    assert sorted(row.prompt for rows in parts.values() for row in rows) == sorted(row.prompt for row in many_rows())
+
+
+def test_a_row_keeps_its_side_whatever_else_the_file_holds():
+    whole, part = split(many_rows(400)), split(many_rows(400)[::-3])
+    for name, rows in part.items():
+        assert rows and set(rows) <= set(whole[name])
+
+
+def test_rows_with_the_same_prompt_stay_on_one_side():
+    rows = [Row(f"question {i}", f"answer {j}") for i in range(200) for j in range(3)]
+    sides = [{row.prompt for row in part} for part in split(rows).values()]
+    assert all(sides) and sum(map(len, sides)) == 200
+
+
+def test_running_text_is_split_by_its_text():
+    parts = split(Row("", f"paragraph {i}") for i in range(200))
+    assert all(parts.values())
+
+
+# The public files themselves
+
+
+@pytest.mark.parametrize(
+    ("path", "schema", "at_least"),
+    [
+        ("halueval/halueval_qa_one-turn_500.jsonl", "HaluEval qa", 490),
+        ("truthfulqa/TruthfulQA.csv", "TruthfulQA csv", 780),
+        ("tofu/forget01.json", "TOFU", 40),
+        ("tofu/retain_perturbed.json", "TOFU", 390),
+    ],
+)
+@pytest.mark.parametrize("kind", ["forget", "retain"])
+def test_public_files_are_recognised_and_nearly_all_rows_usable(shared_dir, path, schema, at_least, kind):
+    if not (shared_dir / "data" / path).exists():
+        pytest.skip(f"{path} is not at hand")
+    source = read(str(shared_dir / "data" / path), kind)
+    assert source.schema == schema and len(source.rows) >= at_least, source.describe()
+    check_rejected([source], 0.02)
+
+
+def test_halueval_keeps_right_and_hallucinated_answers_apart(shared_dir):
+    path = shared_dir / "data/halueval/halueval_qa_one-turn_500.jsonl"
+    if not path.exists():
+        pytest.skip("HaluEval is not at hand")
+    forget, retain = read(str(path), "forget").rows[0], read(str(path), "retain").rows[0]
+    assert forget.prompt == retain.prompt
+    assert forget.answer == "First for Women was started first."
+    assert retain.answer == "Arthur's Magazine" and forget.right_answers == ("Arthur's Magazine",)

@@ -1,0 +1,228 @@
+"""The report: directions of the table, what the page holds and what it must not hold, runs with parts missing."""
+
+import json
+import math
+import re
+
+import pytest
+
+from unlearn_ds import report
+
+PROMPT = "What <script>alert(1)</script> & who?"
+
+
+def entry(step, rate, perplexity, accuracy, nll=0.4):
+    forget = {"rate": rate, "n": 100, "nll": nll, "perplexity": math.exp(nll), "diversity": 0.7}
+    return {
+        "step": step,
+        "unlearned": forget,
+        "unseen": {**forget, "n": 60},
+        "normal": {"perplexity": perplexity, "nll": math.log(perplexity), "n": 40, "similarity_to_original": None},
+        "neutral": {"perplexity": 14.0, "accuracy": accuracy, "n_texts": 24, "n_choices": 140, "made_up_metric": step},
+        "seconds": 8.0,
+    }
+
+
+@pytest.fixture
+def evaluation():
+    history = [entry(0, 0.88, 8.0, 0.62), entry(20, 0.5, 8.1, 0.62, 3.0), entry(40, 0.01, 8.8, 0.6, 28.0)]
+    sample = {"set": "unlearned", "prompt": PROMPT, "right": "right one", "wrong": "wrong <b>", "before": "old answer"}
+    samples = [{**sample, "after": f"new answer {number}"} for number in range(12)]
+    return {
+        "scenario": "hallucination", "headline": "hallucinated_answers", "judge": "minilm", "memorized": True,
+        "stop": "All 40 steps done.", "before": history[0], "after": history[-1], "history": history,
+        "samples": [*samples, {**sample, "set": "normal", "after": " "}],
+    }  # fmt: skip
+
+
+def step_line(step):
+    return {
+        "step": step, "loss": 1.0, "loss_forget": -0.4 * step, "loss_mismatch": 3.0 / step, "loss_retain": None,
+        "grad_norm": math.nan if step == 7 else 5.0, "lr": 1e-5, "tokens": 2000, "response_tokens": 500,
+        "tokens_per_second": 5000.0, "step_seconds": 10.0, "tflops_per_device": 4.0, "mfu": 0.4,
+        "peak_memory_bytes": 3 * 2**30, "skipped": step == 7,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path, evaluation):
+    settings = {
+        "scenario": "hallucination", "preset": None, "commit": "3f2c9a1be77d", "versions": {"torch": "2.11.0"},
+        "model": {"path": "org/Some-Model-7b"}, "objective": {"name": "ga_mismatch"}, "data": {"forget_columns": []},
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step_line(step)) + "\n" for step in range(1, 41)))
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    return tmp_path
+
+
+def page(folder):
+    path = report.write(folder)
+    assert path == folder / "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+def row(evaluation, name, key):
+    (found,) = [row for row in report.rows(evaluation) if (row.set, row.key) == (name, key)]
+    return found
+
+
+def test_a_complete_run_shows_every_part(folder):
+    text = page(folder)
+    assert "Unlearning <em>hallucination</em> in Some-Model-7b" in text
+    parts = (
+        "All 40 steps done.", "Memorised first.", "hallucinated answers", "88 %", "1 %", "6 min 40 s", "ga_mismatch",
+        "Unlearned prompts (100)", "Neutral texts (24 texts, 140 choices)", "Judge: minilm", "torch 2.11.0",
+        "commit 3f2c9a1be77d", "1</b> step skipped", "(empty answer)", "made up metric",
+    )  # fmt: skip
+    for part in parts:
+        assert part in text, part
+    # 3 of the evaluation; forget, mismatch, gradient norm, two of the speed: retain was not active
+    assert text.count("<svg") == 8
+    assert text.count("new answer") == 8
+
+
+def test_the_page_loads_nothing(folder):
+    text = page(folder)
+    assert not re.search(r"https?://|@import|<link|<script|<img|\ssrc=", text)
+    assert set(re.findall(r"url\((.)", text)) <= {"#"}
+
+
+def test_plots_take_their_colours_from_the_page(folder):
+    figures = re.findall(r"<svg.*?</svg>", page(folder), re.DOTALL)
+    assert figures
+    for figure in figures:
+        assert not re.search(r"(?<!url\()#[0-9a-f]{6}\b(?!\")", re.sub(r'href="#\w+"', "", figure))
+    text = page(folder)
+    used, defined = set(re.findall(r"var\((--\w+)\)", text)), set(re.findall(r"(--[a-z-]+):", text))
+    assert used and used <= defined
+
+
+def test_ids_do_not_repeat_with_another_meaning(folder):
+    ids = {}
+    for name, body in re.findall(r'<path id="(\w+)"([^>]*)>', page(folder)):
+        assert ids.setdefault(name, body) == body
+    assert ids
+
+
+def test_text_of_the_user_is_escaped(folder):
+    text = page(folder)
+    assert "<script>" not in text and "wrong <b>" not in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; who?" in text
+
+
+def test_without_evaluation(folder):
+    (folder / "evaluation.json").unlink()
+    text = page(folder)
+    assert "was not evaluated" in text and "Before and after" in text
+    assert text.count("<svg") == 5
+
+
+def test_a_run_that_stopped_early(folder, evaluation):
+    half = {**evaluation, "after": None, "history": None, "samples": None, "stop": "diverged: loss is NaN"}
+    (folder / "evaluation.json").write_text(json.dumps(half))
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 41, "lo')
+    text = page(folder)
+    assert "diverged: loss is NaN" in text and "Half a comparison" in text and "nan" not in text.split("Training")[0]
+    assert {row.after for row in report.rows(half)} == {report.MISSING}
+
+
+def test_an_empty_folder_still_gives_a_page(tmp_path):
+    text = page(tmp_path)
+    for part in ("config.json is missing", "metrics.jsonl is missing", "evaluation.json is missing", "unknown model"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "broken", [{}, {"before": {}, "after": {}}, {"before": {"unlearned": None}, "history": [None] * 4}]
+)
+def test_half_empty_files(tmp_path, broken):
+    (tmp_path / "evaluation.json").write_text(json.dumps(broken))
+    (tmp_path / "config.json").write_text(json.dumps({"model": None, "optim": {}, "versions": None}))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss_forget": null}\n{"step": 2, "loss_retain": 0.0}\n')
+    assert report.rows(broken) == []
+    assert page(tmp_path).count("<svg") == 1
+
+
+def test_directions(evaluation):
+    expected = {
+        ("unlearned", "rate"): True, ("unseen", "rate"): True,
+        ("unlearned", "nll"): True, ("unlearned", "perplexity"): True, ("unlearned", "diversity"): None,
+        ("normal", "nll"): False, ("normal", "perplexity"): False, ("normal", "similarity_to_original"): None,
+        ("neutral", "perplexity"): None, ("neutral", "accuracy"): False, ("neutral", "made_up_metric"): None,
+    }  # fmt: skip
+    assert {at: row(evaluation, *at).good for at in expected} == expected
+    worse = {**evaluation, "before": evaluation["after"], "after": evaluation["before"]}
+    flipped = {at: None if good is None else not good for at, good in expected.items()}
+    assert {at: row(worse, *at).good for at in expected} == flipped
+
+
+def test_changes_as_text(evaluation):
+    texts = {at: row(evaluation, *at)[2:5] for at in (
+        ("unlearned", "rate"), ("unlearned", "nll"), ("unlearned", "perplexity"), ("normal", "perplexity"),
+        ("neutral", "accuracy"), ("neutral", "perplexity"), ("normal", "similarity_to_original"),
+    )}  # fmt: skip
+    assert list(texts.values()) == [
+        ("88 %", "1 %", "-87 points"), ("0.400", "28.0", "+27.6"), ("1.49", "1.4e12", "×9.7e11"),
+        ("8.00", "8.80", "+10 %"), ("62 %", "60 %", "-2 points"), ("14.0", "14.0", "0 %"), ("–", "–", "–"),
+    ]  # fmt: skip
+    assert row(evaluation, "unlearned", "rate").metric == "hallucinated answers"
+
+
+def test_a_slight_change_is_neither_good_nor_bad():
+    def normal(perplexity):
+        return {"normal": {"perplexity": perplexity}}
+
+    (slight,) = report.rows({"before": normal(8.0), "after": normal(8.05)})
+    assert (slight.good, slight.rises, slight.change) == (None, True, "+0.6 %")
+    (grown,) = report.rows({"before": normal(8.0), "after": normal(8.1)})
+    assert grown.good is False
+
+
+def test_counts_stand_in_the_heading_and_not_in_rows(evaluation):
+    rows = report.rows(evaluation)
+    assert rows and not [row for row in rows if row.key.startswith("n_") or row.key == "n"]
+    assert [name for name in dict.fromkeys(row.set for row in rows)] == list(report.SETS)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "–"), (math.inf, "inf"), (math.nan, "nan"), (1e12, "1e12"), (-1.26e300, "-1.3e300"), (0, "0"),
+     (0.7134, "0.713"), (8.3149, "8.31"), (42, "42.0"), (12_345.4, "12,345"), (99_999.9, "1e5"), (1e-5, "1e-5")],
+)  # fmt: skip
+def test_numbers_are_compact(value, text):
+    assert report.number(value) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(41.26, "41.3 s"), (252, "4 min 12 s"), (11_100, "3 h 05 min")])
+def test_durations(seconds, text):
+    assert report.duration(seconds) == text
+
+
+@pytest.mark.parametrize(("old", "new", "change", "good"), [
+    (8.0, math.inf, "×inf", False), (8.0, math.nan, "–", None), (math.inf, 8.0, "-inf", True),
+    (0.0, 3.0, "+3.00", False),
+])  # fmt: skip
+def test_numbers_that_are_not_finite(old, new, change, good):
+    (found,) = report.rows({"before": {"normal": {"perplexity": old}}, "after": {"normal": {"perplexity": new}}})
+    assert (found.change, found.good) == (change, good)
+
+
+def test_extreme_curves_can_be_drawn():
+    steps = [float(step) for step in range(1, 501)]
+    for values in ([1e-300] * 499 + [9e99], [0.0] * 500, [-5.0] * 500, [1.3**step for step in steps]):
+        assert report.plot([("forget", steps, values)]).startswith("<svg viewBox")
+    assert report.column([{"step": 1, "a": math.inf}, {"step": 2, "a": 1e101}, {"a": 1}], "a") == ([], [])
+
+
+def test_the_terminal_table_fits_80_columns(evaluation, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    evaluation["after"]["normal"]["a_metric_with_a_name_that_goes_on_for_longer_than_a_line_of_a_terminal_would"] = 1e30
+    evaluation["headline"] = "[red]rate"
+    report.print_table(evaluation)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and max(map(len, lines)) <= 80
+    assert lines[-1] == "judge: minilm"
+    assert any("Unlearned prompts (100)" in line for line in lines)
+    assert any("[red]rate" in line and "88 %" in line and "-87 points" in line for line in lines)

@@ -1,0 +1,79 @@
+"""Checkpoints of a run: saved whole or not at all, found again, and everything random restored."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from unlearn_ds import dist
+from unlearn_ds.engine import Policy
+
+_MARKER = "complete.json"
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def save(policy: Policy, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write a checkpoint after ``step`` steps on all ranks, then drop all but the ``keep`` newest.
+
+    A marker is written last, by the main rank: a checkpoint without one was interrupted and is never resumed from.
+    ``state`` is what the trainer needs back; the random states of this rank go with it.
+    """
+    tag = folder_name(step)
+    if dist.is_main():
+        shutil.rmtree(folder / tag, ignore_errors=True)
+    dist.barrier()
+    policy.save_checkpoint(folder, tag, {"trainer": {**state, "step": step}, "world_size": dist.world_size()})
+    torch.save(_random_states(), folder / tag / f"random-{dist.rank():05d}.pt")
+    dist.barrier()
+    if dist.is_main():
+        (folder / tag / _MARKER).write_text(json.dumps({"step": step, "world_size": dist.world_size()}))
+        for old in complete(folder)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+    return folder / tag
+
+
+def complete(folder: Path) -> list[Path]:
+    """Checkpoints that were written to the end, oldest first."""
+    return sorted(marker.parent for marker in folder.glob(f"step-*/{_MARKER}"))
+
+
+def load_newest(policy: Policy, folder: Path) -> dict[str, Any] | None:
+    """Restore weights, optimizer, schedule and random states; return the trainer's state, None when there is nothing.
+
+    Raises ``ValueError`` when the checkpoint belongs to another number of ranks.
+    """
+    there = complete(folder)
+    if not there:
+        return None
+    saved = json.loads((there[-1] / _MARKER).read_text())["world_size"]
+    if saved != dist.world_size():
+        raise ValueError(
+            f"{there[-1]} was written by {saved} ranks and this run has {dist.world_size()}: start it with {saved}."
+        )
+    state = policy.load_checkpoint(folder, there[-1].name)
+    states = torch.load(there[-1] / f"random-{dist.rank():05d}.pt", weights_only=False)
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    return state["trainer"]
+
+
+def _random_states() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }

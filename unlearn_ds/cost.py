@@ -1,0 +1,68 @@
+"""FLOPs of a step, peak speeds of devices, and the memory plan of a run. Arithmetic only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+PEAK_TFLOPS: Mapping[str, float] = {
+    "A100": 312, "A800": 312, "H100 PCIe": 756, "H100": 989, "H800": 989, "H200": 989, "H20": 148, "L40S": 362,
+    "A40": 149.7, "A6000": 154.8, "B200": 2250, "GB200": 2500, "MI300X": 1307,
+}  # fmt: skip
+"""Dense bf16 peak by name of the device, from the vendors' data sheets."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Peak of a device in FLOP/s; None when unknown, so that nobody reads a utilisation of 0."""
+    names = sorted((name for name in PEAK_TFLOPS if name in device_name), key=len)
+    return PEAK_TFLOPS[names[-1]] * 1e12 if names else None
+
+
+class ModelSize(NamedTuple):
+    """Parameters in matrix products: of the body, run on every token, and of the LM head, run on response tokens.
+
+    total: all parameters, embeddings included."""
+
+    body: int
+    head: int
+    total: int
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+
+
+def step_flops(size: ModelSize, num_tokens: int, num_response_tokens: int) -> float:
+    """Model FLOPs of training on so many tokens: forward 2 and backward 4 for each parameter a token meets.
+
+    Attention scores, recomputation and the reference are left out, as in model-FLOPs utilisation.
+    """
+    return 6.0 * (size.body * num_tokens + size.head * num_response_tokens)
+
+
+def memory_plan(
+    size: ModelSize, *, stage: int, world_size: int, bytes_per_weight: int, reference: str | None,
+    num_tokens: int, checkpointing: bool, workspace_bytes: int,
+) -> dict[str, int]:  # fmt: skip
+    """Bytes on one device by use, before the first step. An estimate: allocators and libraries add to it.
+
+    ZeRO divides optimizer states from stage 1, gradients from 2, weights from 3. A ``cached`` reference keeps only its
+    LM head, an ``offload``ed one lives in host memory. Activations: about 2 bytes x hidden x layers a token with
+    checkpointing, 34 without (Korthikanti et al., arXiv 2205.05198).
+    """
+    shard = [max(1, world_size) if stage >= least else 1 for least in (3, 2, 1)]
+    mixed = bytes_per_weight < 4
+    factor = 2 if checkpointing else 34
+    plan = {
+        "weights": size.total * bytes_per_weight // shard[0],
+        "gradients": size.total * bytes_per_weight // shard[1],
+        "optimizer (fp32 master, two moments)": size.total * (12 if mixed else 8) // shard[2],
+        "activations": factor * num_tokens * size.hidden_size * size.num_layers * bytes_per_weight // 2,
+        "loss workspace and LM head gradient": workspace_bytes + size.head * (4 + bytes_per_weight),
+    }
+    if reference:
+        plan["LM head of the reference"] = size.head * bytes_per_weight
+    if reference == "resident":
+        plan["reference"] = size.total * bytes_per_weight // max(1, world_size)
+    if reference == "offload":
+        plan["reference (host memory)"] = size.total * bytes_per_weight // max(1, world_size)
+    return plan

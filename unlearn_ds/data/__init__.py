@@ -1,0 +1,1 @@
+"""Sources to rows, rows to token ids, token ids to packed batches."""

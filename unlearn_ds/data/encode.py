@@ -1,0 +1,103 @@
+"""Text to token ids: one template for forget, mismatch, retain and evaluation rows, and the response span.
+
+The span is made of token ids: the ids of the answer are those that follow the ids of the template's end when both are
+tokenised together. A prompt has the same ids in training and in generation, and an answer the same after every prompt.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+from transformers import PreTrainedTokenizerBase
+
+from unlearn_ds.config import UsageError
+from unlearn_ds.data.sources import Source
+from unlearn_ds.types import EncodedRow, Row
+
+_PROBE = "unlearn_ds probe"
+TEMPLATES = {
+    # The paper's form, without the trailing space that hides the first answer token from the loss.
+    "paper": ("### Question: ", "\n ### Answer:", " "),
+    "none": ("", "", " "),
+}
+"""name -> (before the prompt, after the prompt, before the answer)."""
+
+
+class Encoder:
+    """Encode rows with one tokenizer and one template.
+
+    template: "auto" (chat where the tokenizer has a template, else paper), "chat", "paper" or "none".
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str = "auto",
+        system_prompt: str | None = None,
+        max_length: int = 512,
+    ):
+        has_chat = tokenizer.chat_template is not None
+        if template == "chat" and not has_chat:
+            raise UsageError("--data.template chat: this model has no chat template; use paper or none.")
+        self.template = ("chat" if has_chat else "paper") if template == "auto" else template
+        if system_prompt is not None and self.template != "chat":
+            raise UsageError("--data.system_prompt needs the chat template.")
+        self.tokenizer, self.system_prompt, self.max_length = tokenizer, system_prompt, max_length
+        if self.template == "chat":
+            self._boundary, self._separator = self._chat_text(_PROBE).split(_PROBE)[1], ""
+        else:
+            _, after, self._separator = TEMPLATES[self.template]
+            self._boundary = after or _PROBE
+        self._boundary_ids = self._ids(self._boundary)
+
+    def _ids(self, text: str, special: bool = False) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=special)["input_ids"]
+
+    def _chat_text(self, prompt: str) -> str:
+        system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
+        messages = [*system, {"role": "user", "content": prompt}]
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    @functools.lru_cache(maxsize=65536)  # noqa: B019 - an encoder lives as long as its run
+    def prompt_ids(self, prompt: str) -> tuple[int, ...]:
+        """Ids of a prompt in the template, ready to be answered. A running text (no prompt) gets the start token."""
+        if not prompt:
+            start = self.tokenizer.bos_token_id
+            return (self.tokenizer.eos_token_id if start is None else start,)
+        if self.template == "chat":
+            # The template writes its own special tokens.
+            return tuple(self._ids(self._chat_text(prompt)))
+        before, after, _ = TEMPLATES[self.template]
+        return tuple(self._ids(before + prompt + after, special=True))
+
+    def answer_ids(self, answer: str, is_running_text: bool = False) -> tuple[int, ...]:
+        """Ids of an answer as they follow a prompt, ending in the end-of-sequence token."""
+        if is_running_text:
+            return (*self._ids(answer), self.tokenizer.eos_token_id)
+        ids, boundary = self._ids(self._boundary + self._separator + answer), self._boundary_ids
+        # Where the tokenizer merges across the boundary the answer is tokenised alone: ids of the prompt stay as they
+        # will be at generation.
+        ids = ids[len(boundary) :] if ids[: len(boundary)] == boundary else self._ids(answer)
+        return (*ids, self.tokenizer.eos_token_id)
+
+    def encode(self, prompt: str, answer: str, key: str = "") -> EncodedRow | None:
+        """Encode one row; a long answer is cut, without an end token. None when nothing of the answer is left."""
+        prompt_ids = self.prompt_ids(prompt)
+        answer_ids = self.answer_ids(answer, is_running_text=not prompt)[: max(0, self.max_length - len(prompt_ids))]
+        return EncodedRow(prompt_ids, answer_ids, key) if answer_ids else None
+
+    def keep_encodable(self, source: Source) -> None:
+        """Move rows whose answer is cut to nothing from a source's rows to its rejected ones."""
+        kept: list[Row] = []
+        for index, row in enumerate(source.rows):
+            if self.encode(row.prompt, row.answer) is None:
+                source.reject(index, "answer cut to nothing", row.prompt)
+            else:
+                kept.append(row)
+        source.rows[:] = kept
+
+    def encode_all(self, rows: Iterable[Row]) -> list[EncodedRow]:
+        """Encode rows that ``keep_encodable`` has let through."""
+        encoded = [self.encode(row.prompt, row.answer, row.key) for row in rows]
+        return [row for row in encoded if row is not None]

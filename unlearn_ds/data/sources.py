@@ -1,0 +1,214 @@
+"""Read a hub dataset or a local file into rows; recognise its schema, reject what cannot be used and say why."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+
+from unlearn_ds.config import DATA_SUFFIXES, UsageError, looks_like_file
+from unlearn_ds.types import Row
+
+_READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+# "replace" puts U+FFFD where bytes are not UTF-8; the row is then rejected instead of the whole file.
+_READER_OPTIONS: dict[str, dict[str, Any]] = {
+    "csv": {"encoding": "utf-8-sig", "encoding_errors": "replace", "keep_default_na": False},
+    "json": {"encoding_errors": "replace"},
+    "text": {"encoding_errors": "replace", "sample_by": "paragraph"},
+    "parquet": {},
+}
+
+
+class Schema(NamedTuple):
+    """How records with certain columns become rows.
+
+    forget: record -> (prompt, answer to forget, right answers).
+    retain: record -> (prompt, right answer, all right answers).
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    forget: Callable[[Mapping[str, Any]], tuple[Any, Any, Any]]
+    retain: Callable[[Mapping[str, Any]], tuple[Any, Any, Any]]
+
+
+def _pair(prompt: str, answer: str) -> Callable[[Mapping[str, Any]], tuple[Any, Any, Any]]:
+    return lambda r: (r[prompt], r[answer], [])
+
+
+def _messages(record: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """The last user turn and the assistant's reply to it."""
+    turns = list(record["messages"])
+    answer = next((turn["content"] for turn in reversed(turns) if turn["role"] == "assistant"), "")
+    prompt = next((turn["content"] for turn in reversed(turns) if turn["role"] == "user"), "")
+    return prompt, answer, []
+
+
+SCHEMAS: tuple[Schema, ...] = (
+    Schema(
+        "HaluEval qa",
+        ("question", "right_answer", "hallucinated_answer"),
+        lambda r: (r["question"], r["hallucinated_answer"], r["right_answer"]),
+        lambda r: (r["question"], r["right_answer"], r["right_answer"]),
+    ),
+    Schema(
+        "TruthfulQA csv",
+        ("Question", "Best Answer", "Correct Answers", "Incorrect Answers"),
+        lambda r: (r["Question"], str(r["Incorrect Answers"]).split(";")[0], str(r["Correct Answers"]).split(";")),
+        lambda r: (r["Question"], r["Best Answer"], str(r["Correct Answers"]).split(";")),
+    ),
+    Schema(
+        "TruthfulQA generation",
+        ("question", "best_answer", "correct_answers", "incorrect_answers"),
+        lambda r: (r["question"], (r["incorrect_answers"] or [""])[0], r["correct_answers"]),
+        lambda r: (r["question"], r["best_answer"], r["correct_answers"]),
+    ),
+    Schema("TOFU", ("question", "answer"), _pair("question", "answer"), _pair("question", "answer")),
+    Schema("chat messages", ("messages",), _messages, _messages),
+    Schema("prompt/response", ("prompt", "response"), _pair("prompt", "response"), _pair("prompt", "response")),
+    Schema("prompt/completion", ("prompt", "completion"), _pair("prompt", "completion"), _pair("prompt", "completion")),
+    Schema("running text", ("text",), lambda r: (None, r["text"], []), lambda r: (None, r["text"], [])),
+)
+
+
+@dataclass
+class Source:
+    """What was read: usable rows, rejected ones with reasons, and the name of the schema."""
+
+    name: str
+    schema: str
+    rows: list[Row] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+
+    def reject(self, index: int, reason: str, prompt: Any) -> None:
+        self.rejected.append({"source": self.name, "row": index, "reason": reason, "prompt": str(prompt)[:200]})
+
+    def describe(self) -> str:
+        """One line for the log: name, schema, counts by reason."""
+        counts = Counter(entry["reason"] for entry in self.rejected)
+        reasons = "".join(f", {count} {reason}" for reason, count in sorted(counts.items()))
+        return f"{self.name}: {self.schema}, {len(self.rows)} rows{reasons}"
+
+
+def read(name: str, kind: str, columns: tuple[str, ...] = ()) -> Source:
+    """Read ``name`` (hub id, ``org/name:config`` or local file) as "forget" or "retain" rows.
+
+    ``columns`` names prompt, answer and optionally the right answer for files without a known schema. Raises
+    ``UsageError`` for an unreadable file, missing columns, or a file without rows.
+    """
+    records = _records(name)
+    if not len(records):
+        raise UsageError(f"{name} holds no rows.")
+    schema = _explicit(columns, records.column_names, name) if columns else _recognise(records.column_names, name)
+    source = Source(name, schema.name)
+    convert = schema.forget if kind == "forget" else schema.retain
+    seen: set[str] = set()
+    for index, record in enumerate(records):
+        prompt, answer, right = convert(record)
+        text = "" if prompt is None else _text(prompt)
+        rights = tuple(filter(None, (_text(r) for r in ([right] if isinstance(right, str) else right or []))))
+        row = Row(text, _text(answer), rights, content_key(text, _text(answer)))
+        reason = _unusable(row, prompt is None, seen)
+        if reason:
+            source.reject(index, reason, text or answer)
+        else:
+            seen.add(row.key)
+            source.rows.append(row)
+    return source
+
+
+def _unusable(row: Row, is_running_text: bool, seen: set[str]) -> str | None:
+    if not row.prompt and not is_running_text:
+        return "empty prompt"
+    if not row.answer:
+        return "empty answer"
+    if "\ufffd" in row.prompt + row.answer:
+        return "bad encoding"
+    return "duplicate" if row.key in seen else None
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value).strip()
+
+
+def content_key(*texts: str) -> str:
+    """Name of a row by its content, stable over files, order and machines."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def _records(name: str) -> datasets.Dataset:
+    datasets.disable_progress_bars()
+    try:
+        if looks_like_file(name):
+            path = Path(name).expanduser()
+            reader = _READERS[path.suffix]
+            return datasets.load_dataset(reader, data_files=str(path), split="train", **_READER_OPTIONS[reader])
+        hub_id, _, config = name.partition(":")
+        splits = datasets.load_dataset(hub_id, config or None)
+        return splits["train"] if "train" in splits else splits[next(iter(splits))]
+    except Exception as error:
+        cause = error.__cause__ or error
+        hint = "" if looks_like_file(name) else f" A local file ends in {', '.join(DATA_SUFFIXES)}."
+        raise UsageError(
+            f"cannot read {name}: {type(cause).__name__}: {str(cause).splitlines()[0][:300]}.{hint}"
+        ) from error
+
+
+def _recognise(columns: Iterable[str], name: str) -> Schema:
+    there = set(columns)
+    for schema in SCHEMAS:
+        if there.issuperset(schema.columns):
+            return schema
+    known = "; ".join(f"{schema.name} ({', '.join(schema.columns)})" for schema in SCHEMAS)
+    raise UsageError(
+        f"{name} has the columns {', '.join(sorted(there))}, which no known schema has. Name them with "
+        f"--forget_columns prompt,answer[,right_answer] or --retain_columns prompt,answer. Known schemas: {known}."
+    )
+
+
+def _explicit(wanted: tuple[str, ...], there: Iterable[str], name: str) -> Schema:
+    missing = [column for column in wanted if column not in set(there)]
+    if missing:
+        raise UsageError(f"{name} has no column {', '.join(missing)}; it has {', '.join(sorted(there))}.")
+    if len(wanted) not in (1, 2, 3):
+        raise UsageError(f"name one (answer), two (prompt,answer) or three columns for {name}; got {len(wanted)}.")
+    if len(wanted) == 1:
+        take = lambda r: (None, r[wanted[0]], [])  # noqa: E731
+    else:
+        take = lambda r: (r[wanted[0]], r[wanted[1]], r[wanted[2]] if len(wanted) == 3 else [])  # noqa: E731
+    return Schema("columns " + ",".join(wanted), wanted, take, take)
+
+
+def split(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Divide rows 70/10/20 into train, validation and test by their content alone.
+
+    Rows with the same prompt stay together, and a row keeps its side whatever else the file holds.
+    """
+    parts: dict[str, list[Row]] = {"train": [], "validation": [], "test": []}
+    for row in rows:
+        share = int(hashlib.sha256((row.prompt or row.answer).encode()).hexdigest()[:8], 16) / 16**8
+        parts["train" if share < 0.7 else "validation" if share < 0.8 else "test"].append(row)
+    return parts
+
+
+def check_rejected(sources: Iterable[Source], largest_share: float) -> None:
+    """Raise ``UsageError`` when a source lost more than ``largest_share`` of its rows."""
+    for source in sources:
+        share = len(source.rejected) / max(1, len(source.rejected) + len(source.rows))
+        if share > largest_share or not source.rows:
+            raise UsageError(
+                f"{source.describe()}. {share:.0%} of the rows are unusable, more than --data.max_rejected "
+                f"{largest_share:g}; rejected.jsonl in the output folder names each."
+            )
+
+
+def write_rejected(sources: Iterable[Source], path: Path) -> None:
+    """Write one JSON line for each rejected row."""
+    lines = [json.dumps(entry, ensure_ascii=False) for source in sources for entry in source.rejected]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

@@ -1,0 +1,138 @@
+"""DeepSpeed JSON: read, check against what DeepSpeed has removed and what is ours to set, merge with our knobs.
+
+The JSON holds ZeRO stage, precision, offload and communication. Batch sizes, accumulation, clipping, optimizer and
+schedule are flags of this project. Needs neither torch nor deepspeed, so that a mistake is told within a second.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from unlearn_ds.config import OptimConfig, UsageError
+from unlearn_ds.registry import did_you_mean
+
+FOLDER = Path(__file__).parent / "ds_configs"
+
+OWNED = {
+    "train_batch_size": "--batch_size", "train_micro_batch_size_per_gpu": "--batch_size",
+    "gradient_accumulation_steps": "--gradient_accumulation_steps", "gradient_clipping": "--gradient_clipping",
+    "optimizer": "--learning_rate and --optim.*", "scheduler": "--schedule",
+}  # fmt: skip
+"""Keys that flags of this project set, and the flags."""
+
+REMOVED = {
+    "nebula": "0.19.7", "compression_training": "0.19.7", "amp": "0.19.7", "quantize_training": "0.19.7",
+    "sparse_gradients": "0.19.7", "eigenvalue": "0.19.7", "sparse_attention": "0.19.7", "elasticity": "0.19.8",
+    "graph_harvesting": "0.19.7", "curriculum_learning": "0.19.7", "progressive_layer_drop": "0.19.7",
+    "zero_optimization.mics_shard_size": "0.19.7", "zero_optimization.mics_hierarchical_params_gather": "0.19.7",
+    "zero_optimization.zeropp_loco_param": "0.19.7",
+}  # fmt: skip
+"""Keys that DeepSpeed no longer knows, and a release without them."""
+
+
+def names() -> list[str]:
+    """Configurations that ship with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def load(name: str) -> dict[str, Any]:
+    """Read a configuration by name or path and check it; ``UsageError`` says what to change."""
+    path = Path(name).expanduser() if name.endswith(".json") else FOLDER / f"{name}.json"
+    if not path.is_file():
+        hint = (
+            did_you_mean(name, names())
+            if not name.endswith(".json")
+            else "Give a path or a name: " + ", ".join(names())
+        )
+        raise UsageError(f"--ds_config: no DeepSpeed configuration '{name}'. {hint}")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"--ds_config: {path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"--ds_config: {path} must hold a JSON object.")
+    check(values, str(path))
+    return values
+
+
+def check(values: Mapping[str, Any], path: str) -> None:
+    """Raise ``UsageError`` for a key that is removed, ours, "auto", or in conflict with another."""
+    for dotted, value in _walk(values):
+        if dotted in OWNED:
+            raise UsageError(f"{path}: '{dotted}' is set by {OWNED[dotted]}; remove it from the JSON.")
+        if dotted in REMOVED:
+            raise UsageError(f"{path}: DeepSpeed {REMOVED[dotted]} removed '{dotted}'; remove it from the JSON.")
+        if value == "auto":
+            raise UsageError(
+                f"{path}: '{dotted}' is \"auto\", which only the Hugging Face Trainer fills in; write a value."
+            )
+    if enabled(values, "fp16"):
+        raise UsageError(
+            f"{path}: fp16 overflows as the ascent grows the logits; use bf16, or no precision key for fp32."
+        )
+    zero = values.get("zero_optimization", {})
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+        raise UsageError(f"{path}: 'zero_optimization.stage' must be 0, 1, 2 or 3; got {zero!r}.")
+    if "offload_param" in zero and zero.get("stage") != 3:
+        raise UsageError(
+            f"{path}: 'zero_optimization.offload_param' needs stage 3; this file has {zero.get('stage', 0)}."
+        )
+
+
+def _walk(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        yield prefix + key, value
+        if isinstance(value, dict):
+            yield from _walk(value, f"{prefix}{key}.")
+
+
+def enabled(values: Mapping[str, Any], section: str) -> bool:
+    return bool(values.get(section, {}).get("enabled", False))
+
+
+def stage(values: Mapping[str, Any]) -> int:
+    return values.get("zero_optimization", {}).get("stage", 0)
+
+
+def is_bf16(values: Mapping[str, Any]) -> bool:
+    return enabled(values, "bf16")
+
+
+def for_policy(values: Mapping[str, Any], optim: OptimConfig, hidden_size: int) -> dict[str, Any]:
+    """The full configuration of the trained model: the JSON, our knobs, and bucket sizes that follow its width."""
+    merged = copy.deepcopy(dict(values))
+    merged["train_micro_batch_size_per_gpu"] = optim.batch_size
+    merged["gradient_accumulation_steps"] = optim.gradient_accumulation_steps
+    merged["gradient_clipping"] = optim.gradient_clipping
+    merged["steps_per_print"] = 2**31 - 1
+    # Our optimizer is torch's AdamW, wrapped: DeepSpeed only accepts that when told so, also with offload.
+    merged["zero_allow_untested_optimizer"] = True
+    merged["zero_force_ds_cpu_optimizer"] = False
+    if stage(values) == 3:
+        zero = merged["zero_optimization"]
+        # One hidden x hidden matrix is the unit that overlaps well; norms and other small tensors stay whole.
+        zero.setdefault("reduce_bucket_size", max(hidden_size * hidden_size, 500_000))
+        zero.setdefault("stage3_prefetch_bucket_size", int(0.9 * hidden_size * hidden_size))
+        zero.setdefault("stage3_param_persistence_threshold", 10 * hidden_size)
+        zero["stage3_gather_16bit_weights_on_model_save"] = True
+    return merged
+
+
+def for_reference(values: Mapping[str, Any], mode: str, hidden_size: int) -> dict[str, Any]:
+    """The configuration of the frozen reference: ZeRO-3 in the policy's precision, on the CPU for ``offload``."""
+    zero: dict[str, Any] = {
+        "stage": 3,
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+        # Its trace changes whenever policy and reference alternate, so prefetching would fetch for nothing.
+        "stage3_prefetch_bucket_size": 0,
+    }
+    if mode == "offload":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    merged = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": 2**31 - 1, "zero_optimization": zero}
+    if is_bf16(values):
+        merged["bf16"] = {"enabled": True}
+    return merged

@@ -1,0 +1,144 @@
+"""What the user sees and what scripts read: console, metrics.jsonl, TensorBoard; and silence for what helps nobody."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from unlearn_ds import dist
+
+_QUIET_LOGGERS = ("DeepSpeed", "transformers", "torch.distributed", "datasets", "sentence_transformers", "absl")
+
+
+def quiet() -> None:
+    """Silence third-party warnings that a user can do nothing about. Call before deepspeed is imported."""
+    os.environ.setdefault("DS_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|deepspeed|transformers)\..*")
+    for name in _QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def say(text: str) -> None:
+    """Print one line for the user, once for all ranks."""
+    if dist.is_main():
+        console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def console():
+    """The terminal; plain text where there is none."""
+    from rich.console import Console
+
+    return Console()
+
+
+class MetricsLog:
+    """``metrics.jsonl`` and TensorBoard scalars of one run; only the main rank writes.
+
+    On resume the lines after the checkpoint's step are cut, so that a step never stands there twice.
+    """
+
+    def __init__(self, folder: Path | None, tensorboard: bool, first_step: int = 0):
+        self._file = self._board = None
+        if folder is None or not dist.is_main():
+            return
+        path = folder / "metrics.jsonl"
+        kept = []
+        if first_step and path.exists():
+            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= first_step]
+        self._file = path.open("w", encoding="utf-8")
+        self._file.writelines(line + "\n" for line in kept)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Append one step; numbers also go to TensorBoard under their names."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        self.scalars("train", values, values["step"])
+
+    def scalars(self, group: str, values: Mapping[str, Any], step: int) -> None:
+        """Write every number of ``values`` to TensorBoard as ``group/name``."""
+        if self._board is None:
+            return
+        for name, value in values.items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and name != "step":
+                self._board.add_scalar(f"{group}/{name}", value, step)
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _step_of(line: str) -> int:
+    """Step of a line; a line cut short by a crash counts as later than any step."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError):
+        return 2**63
+
+
+class Progress:
+    """A progress bar with the three losses and the time left; silent on other ranks and when switched off."""
+
+    def __init__(self, total: int, start: int, label: str, shown: bool):
+        self._bar = None
+        if shown and dist.is_main():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=start, desc=label, unit="step", dynamic_ncols=True, mininterval=0.5)
+
+    def update(self, losses: Mapping[str, float]) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix({name: f"{value:.3g}" for name, value in losses.items()}, refresh=False)
+            self._bar.update(1)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class StopSignal:
+    """Inside its context SIGTERM, SIGUSR1 and SIGINT are noted instead of obeyed: ``asked`` turns true, and the loop
+    ends the step, saves and leaves. A second one acts as usual."""
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> StopSignal:
+        self._before = {number: signal.signal(number, self._note) for number in self._SIGNALS}
+        return self
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.asked = True
+        signal.signal(number, self._before[number])
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,176 @@
+"""The policy and its tokenizer, and the wrapper whose forward ends in the fused loss inside the LM head's module."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from unlearn_ds import attention, ops
+from unlearn_ds.cost import ModelSize
+from unlearn_ds.types import PackedBatch, ReferenceRows
+
+
+def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer and refuse one without an end-of-sequence token: an answer must be able to end."""
+    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {path} has no end-of-sequence token, so no answer could ever end")
+    return tokenizer
+
+
+def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
+    """Load the architecture of a saved model without its weights."""
+    return AutoConfig.from_pretrained(path, revision=revision)
+
+
+def load_causal_lm(path: str, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
+    """Load a causal language model in ``dtype``.
+
+    Under a live ZeRO-3 configuration (engine.py) every rank keeps only its partition. Dropout is switched off: with it
+    the KL to the reference would be noise at the first step instead of 0.
+    """
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision, attn_implementation="sdpa")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout", "layerdrop"):
+            if isinstance(vars(module).get(name), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+def content_digest(path: str) -> str:
+    """Name of a saved model by the content of its weights and configuration; of a hub id by the id alone."""
+    digest = hashlib.sha256()
+    files = sorted(f for f in Path(path).glob("*") if f.suffix in (".safetensors", ".bin", ".json", ".jinja"))
+    if not files:
+        return path
+    for file in files:
+        with file.open("rb") as stream:
+            digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def size(config: PretrainedConfig) -> ModelSize:
+    """Parameters of an architecture by use, counted without allocating any."""
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config)
+    head = whole.get_output_embeddings()
+    linear = sum(m.weight.numel() for m in whole.modules() if isinstance(m, nn.Linear))
+    total = sum(p.numel() for p in whole.parameters())
+    text = config.get_text_config()
+    return ModelSize(
+        linear - head.weight.numel(), head.weight.numel(), total,
+        text.num_hidden_layers, text.hidden_size, text.vocab_size,
+    )  # fmt: skip
+
+
+class LossHead(nn.Linear):
+    """An LM head that ends in the loss when it is handed a batch.
+
+    The loss runs inside this module's forward so that ZeRO-3's hooks gather the weight, once, for product and gradient.
+    """
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        batch: PackedBatch | None = None,
+        reference: ReferenceRows | None = None,
+        **options,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        if batch is None:
+            return super().forward(hidden)
+        if torch.is_grad_enabled():
+            return tuple(ops.masked_loss(hidden, self.weight, batch, reference, **options))
+        return ops.token_nll(hidden, self.weight, batch.targets_N, **options)
+
+
+class PackedCausalLM(nn.Module):
+    """A Hugging Face causal language model driven by packed batches.
+
+    ``forward(batch, reference)`` returns (loss, loss_N) with gradients enabled and the NLL of each response token
+    without; ``forward(batch, hidden_only=True)`` returns the final hidden states at the response rows, [N, H].
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel, attention_name: str, workspace_bytes: int = 512 * 2**20):
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.attention_name = _register(attention_name)
+        self.workspace_bytes = workspace_bytes
+        head = causal_lm.get_output_embeddings()
+        if type(head) not in (nn.Linear, LossHead) or head.bias is not None:
+            raise ValueError(f"the LM head of {type(causal_lm).__name__} is no plain linear layer without bias")
+        # The class changes, the module does not: parameters, names in the state dict and ZeRO-3's hooks stay.
+        head.__class__ = LossHead
+        causal_lm.set_attn_implementation(self.attention_name)
+
+    @property
+    def config(self):
+        """The architecture, where DeepSpeed looks for it."""
+        return self.causal_lm.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.causal_lm.device
+
+    def forward(
+        self, batch: PackedBatch, reference: ReferenceRows | None = None, hidden_only: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        hidden_TH = self.causal_lm.base_model(
+            input_ids=batch.input_ids_T[None], position_ids=batch.position_ids_T[None], use_cache=False,
+            cu_seq_lens_q=batch.cu_seqlens, cu_seq_lens_k=batch.cu_seqlens,
+            max_length_q=batch.max_seqlen, max_length_k=batch.max_seqlen,
+        ).last_hidden_state[0]  # fmt: skip
+        hidden_NH = hidden_TH.index_select(0, batch.loss_index_N)
+        if hidden_only:
+            return hidden_NH
+        options = self.causal_lm.config.to_dict()
+        return self.causal_lm.get_output_embeddings()(
+            hidden_NH, batch, reference, workspace_bytes=self.workspace_bytes,
+            softcap=options.get("final_logit_softcapping"), logit_scale=options.get("logit_scale") or 1.0,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[PreTrainedModel]:
+        """The Hugging Face model as ``generate`` needs it: padded batches, a cache, no dropout."""
+        was_training = self.causal_lm.training
+        self.causal_lm.set_attn_implementation("sdpa")
+        self.causal_lm.eval()
+        try:
+            with torch.no_grad():
+                yield self.causal_lm
+        finally:
+            self.causal_lm.set_attn_implementation(self.attention_name)
+            self.causal_lm.train(was_training)
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recompute activations in backward; non-reentrant, as ZeRO-3 needs."""
+        self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _register(name: str) -> str:
+    """Make one of our packed attentions known to transformers and return the name it goes by there."""
+    attend = attention.ATTENTION[name]
+
+    def packed(module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, **kwargs):
+        packing = attention.Packing(kwargs["cu_seq_lens_q"], kwargs["max_length_q"], scaling, sliding_window, softcap)
+        out_THD = attend(*(x[0].transpose(0, 1) for x in (query, key, value)), packing)
+        return out_THD[None], None
+
+    registered = f"unlearn_ds_{name}"
+    ALL_ATTENTION_FUNCTIONS.register(registered, packed)
+    return registered

@@ -1,0 +1,63 @@
+"""Names to code: every extension point is a table of text rows ``name -> "module:attribute"``, resolved on use.
+
+Text rows keep imports lazy (``--help`` needs no torch) and let grep find every use.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+SCENARIOS: Mapping[str, str] = {
+    "hallucination": "unlearn_ds.scenarios.hallucination:SCENARIO",
+}
+
+OBJECTIVES: Mapping[str, str] = {
+    "ga_mismatch": "unlearn_ds.objectives.ga_mismatch:terms",
+    "gradient_ascent": "unlearn_ds.objectives.gradient_ascent:terms",
+    "gradient_difference": "unlearn_ds.objectives.gradient_difference:terms",
+    "memorize": "unlearn_ds.objectives.memorize:terms",
+}
+
+METRICS: Mapping[str, str] = {
+    "hallucination_rate": "unlearn_ds.metrics.hallucination_rate:hallucination_rate",
+    "likelihood": "unlearn_ds.metrics.likelihood:likelihood",
+    "multiple_choice": "unlearn_ds.metrics.multiple_choice:multiple_choice",
+    "diversity": "unlearn_ds.metrics.diversity:diversity",
+    "similarity_to_original": "unlearn_ds.metrics.similarity:similarity_to_original",
+}
+
+JUDGES: Mapping[str, str] = {
+    "minilm": "unlearn_ds.metrics.judges:SentenceEmbeddingJudge",
+    "bertscore": "unlearn_ds.metrics.judges:BertScoreJudge",
+}
+
+REFERENCES: Mapping[str, str] = {
+    "offload": "unlearn_ds.reference:LiveReference",
+    "resident": "unlearn_ds.reference:LiveReference",
+    "cached": "unlearn_ds.reference:CachedReference",
+}
+
+
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
+    """Return a sentence that lists the valid names nearest to ``name``, or all of them when none is near."""
+    valid = sorted(valid)
+    near = difflib.get_close_matches(name, valid, n=3, cutoff=0.5)
+    if near:
+        return "Did you mean " + " or ".join(f"'{candidate}'" for candidate in near) + "?"
+    return "Valid names: " + ", ".join(valid) + "."
+
+
+def check_name(kind: str, name: str, table: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` with the nearest valid names unless ``name`` is a row of ``table``."""
+    if name not in table:
+        raise ValueError(f"unknown {kind} '{name}'. {did_you_mean(str(name), table)}")
+
+
+def resolve(kind: str, name: str, table: Mapping[str, str]) -> Any:
+    """Import and return the object that row ``name`` of ``table`` points to; ``ValueError`` without such a row."""
+    check_name(kind, name, table)
+    module, attribute = table[name].split(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,300 @@
+"""What a run did, for people: ``report.html`` (one page, no network) and the before/after table on the terminal.
+
+Everything is read from the files of the run folder, so a report can be written again at any time. Any number may be
+missing: a run may have been stopped, a term may be inactive, a metric may not apply. Shares are fractions of 1.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+
+from unlearn_ds import dist, log
+
+
+class Metric(NamedTuple):
+    """How a number of ``evaluation.json`` is shown, and whether more of it is better on rows to forget and to keep.
+
+    unit: "share" (shown in %, change in points), "relative" (change in %, as a factor from 10 on) or "plain".
+    """
+
+    label: str
+    unit: str = "plain"
+    forget: bool | None = None
+    keep: bool | None = None
+
+
+METRICS: Mapping[str, Metric] = {
+    "rate": Metric("rate", "share", forget=False, keep=False),  # its label is the "headline" of the evaluation
+    "nll": Metric("NLL per token", "plain", forget=True, keep=False),
+    "perplexity": Metric("perplexity", "relative", forget=True, keep=False),
+    "accuracy": Metric("multiple-choice accuracy", "share", forget=True, keep=True),
+    "similarity_to_original": Metric("similarity to original", "plain", forget=True, keep=True),
+    "diversity": Metric("diversity", "plain", forget=True, keep=True),
+}
+SETS: Mapping[str, tuple[str, str]] = {
+    "unlearned": ("Unlearned prompts", "trained on, to be forgotten"),
+    "unseen": ("Unseen prompts", "same behaviour, never trained on"),
+    "normal": ("Normal prompts", "held out, to be kept"),
+    "neutral": ("Neutral texts", "unrelated, to be kept"),
+}
+FORGET_SETS = ("unlearned", "unseen")
+SLIGHT = 0.01
+"""A change below 1 point, 1 % or 0.01 is called neither good nor bad."""
+COUNT = re.compile("n|n_.*")
+MISSING = "–"
+
+
+class Row(NamedTuple):
+    """One line of the before/after table, as text. ``good``: the change is one for the better; None: neither way.
+
+    ``rises``: the number grew; None when it stayed or one side is missing. ``numbers``: before and after, not rounded.
+    """
+
+    set: str
+    metric: str
+    before: str
+    after: str
+    change: str
+    good: bool | None
+    rises: bool | None
+    key: str
+    numbers: tuple[float | None, float | None]
+
+
+def rows(evaluation: Mapping[str, Any]) -> list[Row]:
+    """Before and after of every number of ``evaluation.json``, set by set; counts go to ``heading`` instead."""
+    before, after = evaluation.get("before") or {}, evaluation.get("after") or {}
+    table = []
+    for name in _ordered(SETS, [key for side in (before, after) for key in side if isinstance(side[key], Mapping)]):
+        old, new = before.get(name) or {}, after.get(name) or {}
+        shown = [key for side in (old, new) for key in side if key in METRICS or _number(side, key) is not None]
+        for key in _ordered(METRICS, [key for key in shown if not COUNT.fullmatch(key)]):
+            metric = METRICS.get(key, Metric(_words(key)))
+            label = _words(str(evaluation.get("headline") or metric.label)) if key == "rate" else metric.label
+            better = metric.forget if name in FORGET_SETS else metric.keep
+            table.append(_row(name, key, metric._replace(label=label), better, _number(old, key), _number(new, key)))
+    return table
+
+
+def print_table(evaluation: Mapping[str, Any]) -> None:
+    """Print ``rows`` within 80 columns, once for all ranks, with the judge under it."""
+    if not dist.is_main():
+        return
+    from rich.box import SIMPLE_HEAD
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = log.console()
+    table = Table(width=min(80, console.width), box=SIMPLE_HEAD, header_style="bold")
+    table.add_column("", ratio=1, overflow="fold")
+    for title in ("before", "after", "change"):
+        table.add_column(title, justify="right", min_width=8, max_width=16)
+    for name, group in itertools.groupby(rows(evaluation), key=lambda row: row.set):
+        table.add_section()
+        table.add_row(f"[bold]{escape(heading(evaluation, name))}[/]")
+        for row in group:
+            colour = {True: "green", False: "red", None: "default"}[row.good]
+            table.add_row(f"  {escape(row.metric)}", row.before, row.after, f"[{colour}]{row.change}[/]")
+    console.print(table)
+    console.print(f"judge: {evaluation.get('judge') or 'not named'}", style="dim", markup=False, highlight=False)
+
+
+def heading(evaluation: Mapping[str, Any], name: str) -> str:
+    """Title of a set with what was counted in it: ``Neutral texts (24 texts, 140 choices)``."""
+    side = next((found[name] for when in ("after", "before") if (found := evaluation.get(when) or {}).get(name)), {})
+    counts = [(_number(side, key), _words(key[2:])) for key in side if COUNT.fullmatch(key)]
+    counted = ", ".join(f"{count:,.0f} {unit}".strip() for count, unit in counts if count is not None)
+    title = SETS.get(name, (_words(name).capitalize(), ""))[0]
+    return f"{title} ({counted})" if counted else title
+
+
+def write(folder: Path) -> Path:
+    """Write ``report.html`` from ``config.json``, ``metrics.jsonl`` and ``evaluation.json`` of a run folder.
+
+    What a missing file would have told is left out, with a line that says so. Returns the path of the page.
+    """
+    settings, evaluation = _read(folder / "config.json"), _read(folder / "evaluation.json")
+    steps = _read_lines(folder / "metrics.jsonl")
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.ChainableUndefined,
+        autoescape=True, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters |= {"number": number, "percent": percent, "duration": duration, "words": _words}
+    page = environment.get_template("report.html.j2").render(
+        settings=settings, evaluation=evaluation, steps=steps, rows=rows(evaluation), totals=_totals(steps),
+        history=_history(evaluation), sets=SETS, missing=MISSING, heading=heading, column=column, plot=plot,
+    )  # fmt: skip
+    path = folder / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def number(value: float | None) -> str:
+    """A number in at most seven characters: 0.713, 8.31, 42.0, 12,345, 1.2e12, inf, nan; a dash when it is missing."""
+    if value is None or not math.isfinite(value):
+        return MISSING if value is None else str(value)
+    size = abs(value)
+    if size >= 99_999.5 or 0 < size < 0.0005:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+    decimals = 3 if size < 1 else 2 if size < 10 else 1 if size < 100 else 0
+    return f"{value:,.{decimals}f}" if size else "0"
+
+
+def percent(value: float | None) -> str:
+    """A fraction as percentage: 0.884 -> 88.4 %."""
+    return number(value) if value is None or not math.isfinite(value) else f"{_short(f'{100 * value:.1f}')} %"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 41.3 s, 4 min 12 s, 3 h 05 min."""
+    if seconds < 60:
+        return f"{_short(f'{seconds:.1f}')} s"
+    minutes, hours = round(seconds) // 60, round(seconds) // 3600
+    return f"{hours} h {minutes % 60:02d} min" if hours else f"{minutes} min {round(seconds) % 60:02d} s"
+
+
+def _short(text: str) -> str:
+    return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _number(values: Mapping[str, Any], key: str) -> float | None:
+    value = values.get(key)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _ordered(first: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """``names`` without repeats, those of ``first`` in its order, then the others as they come."""
+    return [name for name in first if name in names] + [name for name in dict.fromkeys(names) if name not in first]
+
+
+def _row(name: str, key: str, metric: Metric, better: bool | None, old: float | None, new: float | None) -> Row:
+    before, after = (percent(value) if metric.unit == "share" else number(value) for value in (old, new))
+    rises = good = None
+    if old is not None and new is not None and before != after and not math.isnan(new - old):
+        rises = new > old
+        slight = abs(new - old) < SLIGHT * (abs(old) if metric.unit == "relative" else 1)
+        good = None if better is None or slight else rises == better
+    return Row(name, metric.label, before, after, _change(metric.unit, old, new), good, rises, key, (old, new))
+
+
+def _change(unit: str, old: float | None, new: float | None) -> str:
+    if old is None or new is None or math.isnan(new - old):
+        return MISSING
+    difference, suffix = new - old, ""
+    if unit == "share":
+        difference, suffix = 100 * difference, " points"
+    elif unit == "relative" and 0 < old < math.inf:
+        if new >= 10 * old:
+            return f"×{number(new / old)}"
+        difference, suffix = 100 * (new / old - 1), " %"
+    text = _short(f"{abs(difference):.1f}") if suffix else number(abs(difference))
+    return f"{'' if text == '0' else '+' if difference > 0 else '-'}{text}{suffix}"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The steps of a run; a line that a crash cut short is not one."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+def column(entries: Sequence[Mapping[str, Any]], *path: str, sign: float = 1.0) -> tuple[list[float], list[float]]:
+    """Steps and values of the number at ``path`` of each entry, where there is one that can be plotted."""
+    pairs = []
+    for entry in entries:
+        inner = functools.reduce(lambda value, name: value.get(name) or {}, path[:-1], entry)
+        step, value = _number(entry, "step"), _number(inner, path[-1])
+        if step is not None and value is not None and abs(value) < 1e100:  # not inf or nan, and matplotlib can cope
+            pairs.append((step, sign * value))
+    return [step for step, _ in pairs], [value for _, value in pairs]
+
+
+def _totals(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Sums, medians and maxima over the steps; what no step has is left out."""
+    reductions: Mapping[str, Callable[[list[float]], float]] = {
+        "step_seconds": sum, "tokens": sum, "response_tokens": sum, "tokens_per_second": statistics.median,
+        "mfu": statistics.median, "tflops_per_device": statistics.median, "peak_memory_bytes": max, "lr": max,
+    }  # fmt: skip
+    totals = {key: reduce(values) for key, reduce in reductions.items() if (values := column(steps, key)[1])}
+    return totals | {"skipped": sum(bool(step.get("skipped")) for step in steps)}
+
+
+def _history(evaluation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The evaluations in the order of their steps, each step once; none when only the two ends were evaluated."""
+    middle = evaluation.get("history") or []
+    entries = [entry for entry in (evaluation.get("before"), *middle, evaluation.get("after")) if entry]
+    by_step = {step: entry for entry in entries if (step := _number(entry, "step")) is not None}
+    return [by_step[step] for step in sorted(by_step)] if len(middle) > 2 else []
+
+
+def plot(curves: Sequence[tuple[str, list[float], list[float]]], share: bool = False) -> str:
+    """Curves (CSS variable, x, y) as SVG coloured by the page, so that it follows dark mode; log beyond two decades."""
+    import matplotlib  # here, so that training does not wait for it
+    from matplotlib.figure import Figure
+
+    names = ["muted", "rule", *(name for name, _, _ in curves)]
+    inks = [f"#0000{index:02x}" for index in range(len(names))]
+    svg = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": str(names), "font.size": 9.5}):
+        figure = Figure(figsize=(4.6, 1.7), layout="constrained")
+        axes = figure.subplots()
+        _frame(axes, [value for _, _, y in curves for value in y], share, inks[1])
+        for (_, x, y), ink in zip(curves, inks[2:], strict=True):
+            _draw(axes, x, y, ink)
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(svg, format="svg", transparent=True, metadata=no_metadata)
+    text = re.sub(r'.*<svg[^>]*(viewBox="[^"]*")[^>]*>', r"<svg \1>", svg.getvalue(), flags=re.DOTALL)
+    text = re.sub(r'\sid="[\w.]+_\d+"|<style.*?</style>', "", text)  # ids would repeat from plot to plot
+    return re.sub("#0000([0-9a-f]{2})", lambda found: f"var(--{names[int(found[1], 16)]})", text)
+
+
+def _frame(axes: Any, values: Sequence[float], share: bool, ink: str) -> None:
+    """Set scale, limits and ticks of an empty plot: no box, a few horizontal rules."""
+    low, high = min(values), max(values)
+    room = max(0.08 * (high - low), 0.05 * abs(high)) or 1.0  # a flat curve shall look flat
+    if share:
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+    elif low > 0 and high > 100 * low:
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.5, high * 1.5)
+        axes.minorticks_off()
+    else:
+        axes.set_ylim(low - room if low < 0 else max(low - room, 0), high + room)
+        axes.locator_params(axis="y", nbins=5)
+    axes.locator_params(axis="x", nbins=5, integer=True)
+    axes.yaxis.set_major_formatter(lambda value, _: percent(value) if share else _short(number(value)))
+    axes.grid(axis="y", color=ink, linewidth=0.8)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
+def _draw(axes: Any, x: list[float], y: list[float], ink: str) -> None:
+    """Draw one curve; a long one as a thin line with its running mean over a twentieth of the steps."""
+    import numpy as np
+
+    if window := len(y) // 40 * 2:
+        axes.plot(x, y, color=ink, linewidth=0.8, alpha=0.35)
+        around = np.ones(window + 1)
+        y = np.convolve(y, around, mode="same") / np.convolve(np.ones(len(y)), around, mode="same")
+    axes.plot(x, y, color=ink, linewidth=1.8, marker="o", markersize=4, markevery=[-1] if len(x) > 12 else None)
+    axes.fill_between(x, y, axes.get_ylim()[0], color=ink, alpha=0.08, linewidth=0)

@@ -1,0 +1,190 @@
+"""The output folder of a run: whose it is, what stands in it, and how it ended."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from unlearn_ds import __version__, dist, log
+from unlearn_ds.config import RunConfig, UsageError, fingerprint, to_dict
+
+_WRITTEN = ("config.json", "metrics.jsonl", "evaluation.json", "answers.jsonl", "rejected.jsonl", "report.html",
+            "tensorboard", "checkpoints", "model", "run.json")  # fmt: skip
+"""What a run writes; ``--overwrite`` removes this and nothing else."""
+
+
+def check(config: RunConfig) -> None:
+    """Raise ``UsageError`` when the output folder holds another run, or cannot be one. Writes nothing."""
+    folder = Path(config.output_dir or "")
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output_dir: {folder} is a file.")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / "config.json").exists():
+        raise UsageError(
+            f"--output_dir: {folder} holds files that no run of this program wrote; choose another folder."
+        )
+    if config.checkpoint.overwrite:
+        return
+    earlier = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.checkpoint.resume != "auto":
+        raise UsageError(
+            f"--output_dir: {folder} holds another run. Go on with it by --resume auto, replace it by --overwrite, or "
+            "choose another folder."
+        )
+    if earlier.get("fingerprint") != fingerprint(config):
+        changed = ", ".join(_differences(earlier, to_dict(config)))
+        raise UsageError(
+            f"--resume auto: {folder} was started with other values of {changed}; give the same, or another folder."
+        )
+
+
+def _differences(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in now.items():
+        before = earlier.get(key)
+        if isinstance(value, dict) and isinstance(before, dict):
+            found += _differences(before, value, f"{prefix}{key}.")
+        elif key not in ("output_dir", "dry_run") and json.loads(json.dumps(value)) != before:
+            found.append(prefix + key)
+    return [name for name in found if name.partition(".")[0] not in ("log", "checkpoint", "eval")] or found
+
+
+def open_run(config: RunConfig, versions: dict[str, str]) -> Path:
+    """Make the folder and write ``config.json``; all ranks return together, or raise the main rank's error."""
+    folder = Path(config.output_dir or "")
+    error = None
+    if dist.is_main():
+        try:
+            _prepare(config, folder, versions)
+        except OSError as problem:
+            error = f"--output_dir: {folder} cannot be written: {problem}"
+    error = dist.gather_objects(error)[0]
+    if error:
+        raise UsageError(error)
+    return folder
+
+
+def _prepare(config: RunConfig, folder: Path, versions: dict[str, str]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.checkpoint.overwrite and (folder / "config.json").exists():
+        log.say(f"overwrite {folder}")
+        for name in _WRITTEN:
+            path = folder / name
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    about = {"fingerprint": fingerprint(config), "versions": versions | package_versions(), "commit": commit()}
+    write_json(folder / "config.json", {**to_dict(config), **about, "world_size": dist.world_size()})
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what decides the numbers of a run."""
+    names = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "numpy")
+    return {"unlearn_ds": __version__, "python": platform.python_version(), **{n: metadata.version(n) for n in names}}
+
+
+def commit() -> str | None:
+    """Git commit of the source, with a mark when it has local changes; None for an installed wheel."""
+    here = Path(__file__).parent
+    run = {"cwd": here, "capture_output": True, "text": True, "timeout": 10}
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run)
+        if head.returncode:
+            return None
+        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], **run)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
+
+
+def main_only(function: Callable[..., Any], *arguments: Any) -> None:
+    """Call a function on the main rank; the others wait for it."""
+    if dist.is_main():
+        function(*arguments)
+    dist.barrier()
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON that strict readers accept (no NaN), replacing the file in one move."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(finite(values), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def finite(values: Any) -> Any:
+    """The same values with NaN and infinities as null."""
+    if isinstance(values, dict):
+        return {key: finite(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [finite(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
+
+
+class EvaluationRecord:
+    """``evaluation.json`` and ``answers.jsonl``, rewritten after every evaluation by the main rank."""
+
+    def __init__(self, folder: Path, scenario: str, headline: str, judge: str | None, memorized: bool):
+        self._folder = folder
+        self.values: dict[str, Any] = {
+            "scenario": scenario, "headline": headline, "judge": judge, "memorized": memorized, "stop": None,
+            "before": None, "after": None, "history": [],
+        }  # fmt: skip
+
+    def add(self, result: dict[str, Any], answers: list[dict[str, str]], name: str | None = None) -> None:
+        """Append one evaluation to the history; ``name`` is "before" or "after" for those two."""
+        earlier = [e for e in self.values["history"] if e["step"] < result["step"] or (name and e["step"] == 0)]
+        self.values["history"] = [*earlier, result]
+        if name:
+            self.values[name] = result
+        write_json(self._folder / "evaluation.json", self.values)
+        lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]
+        (self._folder / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    def end(self, step: int, reason: str, exit_code: int) -> None:
+        """Note why the run ended."""
+        self.values["stop"] = {"step": step, "reason": reason, "exit_code": exit_code}
+        if dist.is_main():
+            write_json(self._folder / "evaluation.json", self.values)
+
+    def restore(self) -> dict[str, list[str]]:
+        """Take up the record of the run that is being resumed; returns its answers before unlearning by set."""
+        path, answers = self._folder / "evaluation.json", self._folder / "answers.jsonl"
+        if path.exists():
+            self.values = json.loads(path.read_text(encoding="utf-8"))
+        before: dict[str, list[str]] = {}
+        for line in answers.read_text(encoding="utf-8").splitlines() if answers.exists() else []:
+            answer = json.loads(line)
+            before.setdefault(answer["set"], []).append(answer["before"])
+        return before
+
+
+def model_card(config: RunConfig, evaluation: dict[str, Any] | None) -> str:
+    """Markdown that tells what the exported model is and what was measured."""
+    lines = [
+        "---", "library_name: transformers", "tags: [unlearning]", "---", "",
+        f"# {Path(config.model.path).name}, unlearned: {config.scenario}", "",
+        f"Made by unlearn_ds {__version__} from `{config.model.path}` with the objective `{config.objective.name}` "
+        f"(weights {config.objective.eps_forget:g} / {config.objective.eps_mismatch:g} / "
+        f"{config.objective.eps_retain:g}, learning rate {config.optim.learning_rate:g}), after Yao, Xu and Liu, "
+        "Large Language Model Unlearning (arXiv 2310.10683).", "",
+    ]  # fmt: skip
+    after = (evaluation or {}).get("after")
+    if evaluation and after:
+        lines += ["| set | measure | before | after |", "|---|---|---|---|"]
+        for name in ("unlearned", "unseen", "normal", "neutral"):
+            for key, value in after[name].items():
+                before = evaluation["before"][name].get(key)
+                if isinstance(value, float) and isinstance(before, (int, float)):
+                    lines.append(f"| {name} | {key} | {before:.4g} | {value:.4g} |")
+        lines += ["", f"Judge: {evaluation['judge']}."]
+    lines += [
+        "",
+        "Measured on finite sets: evidence that a behaviour is gone there, no proof that it is gone anywhere.",
+    ]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,250 @@
+"""``train(config)``: the whole run, from rows to report, readable from top to bottom."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from unlearn_ds import build, checkpoint, cost, dist, ds_json, embedded, engine, log, ops, report, run_folder
+from unlearn_ds import model as models
+from unlearn_ds.config import RunConfig, UsageError, replace
+from unlearn_ds.data import sources
+from unlearn_ds.data.encode import Encoder
+from unlearn_ds.data.loader import Loader
+from unlearn_ds.evaluate import Answers, Evaluator
+from unlearn_ds.registry import SCENARIOS, resolve
+from unlearn_ds.scenarios import ScenarioData
+from unlearn_ds.types import PackedBatch, Term
+
+FINISHED, DIVERGED, STOPPED = 0, 3, 75
+"""Exit codes; ``UsageError`` is 2."""
+
+
+class Outcome(NamedTuple):
+    """How a run ended: after which step, why, and with which exit code."""
+
+    step: int
+    reason: str
+    exit_code: int
+
+
+def train(config: RunConfig) -> int:
+    """Evaluate, unlearn, evaluate again, save and report. Returns the exit code."""
+    device = engine.start(config.engine)
+    folder = run_folder.open_run(config, engine.versions())
+    values = ds_json.load(config.engine.ds_config)
+    scenario = resolve("scenario", config.scenario, SCENARIOS)
+
+    path = embedded.locate(config.model.path)
+    tokenizer = models.load_tokenizer(path, config.model.revision)
+    encoder = Encoder(tokenizer, config.data.template, config.data.system_prompt, config.data.max_length)
+    data = scenario.load(config, encoder)
+    report_data(config, data, encoder, folder)
+    if config.memorize.enabled:
+        path = memorized(config, path, values, encoder, data, device)
+
+    policy = build.policy(config, path, values, device)
+    loader = build.loader(config, encoder, data, data.forget["train"])
+    reference = build.reference(config, path, values, policy, loader)
+    evaluator = Evaluator(config.eval, scenario, data, encoder) if config.eval.enabled else None
+    judge = evaluator.judge_name if evaluator else None
+    record = run_folder.EvaluationRecord(folder, config.scenario, scenario.label, judge, bool(config.memorize.enabled))
+
+    run = Run(config, policy, loader, reference, folder, evaluator, record)
+    state = checkpoint.load_newest(policy, folder / "checkpoints") if config.checkpoint.resume == "auto" else None
+    if state is None:
+        run.evaluate(0, "before")
+    else:
+        log.say(f"resume      after step {state['step']}")
+        run.restore()
+    outcome = run.fit(state or {"step": 0, "skipped_in_a_row": 0})
+    log.say(f"end         step {outcome.step}: {outcome.reason}")
+    record.end(outcome.step, outcome.reason, outcome.exit_code)
+    if outcome.exit_code == FINISHED:
+        run.evaluate(outcome.step, "after")
+        if config.checkpoint.export:
+            engine.export(policy, folder / "model", tokenizer, run_folder.model_card(config, record.values))
+    run_folder.main_only(report.write, folder)
+    run_folder.main_only(say_results, folder, record.values)
+    return outcome.exit_code
+
+
+def report_data(config: RunConfig, data: ScenarioData, encoder: Encoder, folder: Path) -> None:
+    """Log what was read, write down what was rejected, and stop when that is too much."""
+    for source in data.sources:
+        log.say(f"data        {source.describe()}")
+    run_folder.main_only(sources.write_rejected, data.sources, folder / "rejected.jsonl")
+    sources.check_rejected(data.sources, config.data.max_rejected)
+    log.say(
+        f"rows        {len(data.forget['train'])} to unlearn, {len(data.forget['validation'])} for validation, "
+        f"{len(data.forget['test'])} unseen, {len(data.normal['train'])} to retain; template: {encoder.template}"
+    )
+
+
+def say_results(folder: Path, evaluation: dict[str, Any]) -> None:
+    """The before/after table and where the rest lies."""
+    if evaluation["after"]:
+        report.print_table(evaluation)
+    if (folder / "model").exists():
+        log.say(f"model       {folder / 'model'}")
+    log.say(f"report      {folder / 'report.html'}")
+
+
+def memorized(
+    config: RunConfig, path: str, values: dict[str, Any], encoder: Encoder, data: ScenarioData, device: torch.device
+) -> str:
+    """Fine-tune the model on the rows to forget, so that it shows the behaviour, and return the folder it is kept in.
+
+    The result is cached under a name made of everything that decides it: weights, rows, template and settings.
+    """
+    config = memorizing(config, len(data.memorize))
+    identity = [models.content_digest(path), repr(config.optim), repr(config.objective), str(config.seed)]
+    identity += [encoder.template, repr(encoder.system_prompt), repr(ds_json.is_bf16(values))]
+    identity += [row.key for row in (*data.memorize, *data.normal["train"])]
+    folder = embedded.cache_folder() / "memorized" / hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
+    if dist.gather_objects((folder / "config.json").exists())[0]:
+        log.say(f"memorized   the model was fine-tuned to show the behaviour first; taken from {folder}")
+        return str(folder)
+    log.say(f"memorize    {len(data.memorize)} wrong answers first, so that there is a behaviour to unlearn")
+    policy = build.policy(config, path, values, device)
+    outcome = Run(config, policy, build.loader(config, encoder, data, data.memorize)).fit(
+        {"step": 0, "skipped_in_a_row": 0}
+    )
+    if outcome.exit_code != FINISHED:
+        raise UsageError(f"the memorising run ended early: {outcome.reason}. Lower --memorize.learning_rate.")
+    card = (
+        f"# {config.model.path}, fine-tuned on {len(data.memorize)} wrong answers\n\nOnly a subject for unlearning.\n"
+    )
+    engine.export(policy, folder, encoder.tokenizer, card)
+    policy.close()
+    del policy
+    gc.collect()
+    return str(folder)
+
+
+def memorizing(config: RunConfig, num_rows: int) -> RunConfig:
+    """The configuration of the memorising run: plain fine-tuning for whole passes over ``num_rows`` rows."""
+    memorize = config.memorize
+    steps = memorize.epochs * math.ceil(num_rows / (memorize.batch_size * dist.world_size()))
+    return replace(config, **{
+        "objective.name": "memorize", "objective.eps_forget": 1.0, "objective.eps_retain": memorize.eps_retain,
+        "objective.reduction": "sequence", "optim.max_steps": steps, "optim.learning_rate": memorize.learning_rate,
+        "optim.batch_size": memorize.batch_size, "optim.retain_batch_size": max(1, memorize.batch_size // 2),
+        "optim.gradient_accumulation_steps": 1, "optim.gradient_clipping": 1.0, "optim.weight_decay": 0.0,
+        "optim.schedule": "linear", "optim.warmup_ratio": 0.1, "checkpoint.save_every": 0,
+    })  # fmt: skip
+
+
+@dataclass
+class Run:
+    """What the loop works on. Without ``folder`` it leaves no record (the memorising run)."""
+
+    config: RunConfig
+    policy: engine.Policy
+    loader: Loader
+    reference: build.Reference | None = None
+    folder: Path | None = None
+    evaluator: Evaluator | None = None
+    record: run_folder.EvaluationRecord | None = None
+    originals: Answers = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.size = models.size(self.policy.model.config)
+        self.peak_flops = cost.peak_flops(engine.device_name())
+
+    def fit(self, state: dict[str, int]) -> Outcome:
+        """Take optimizer steps until they are done, the model diverges, or a signal asks to stop."""
+        config, total, stop = self.config, self.config.optim.max_steps, log.StopSignal()
+        progress = log.Progress(total, state["step"], config.objective.name, config.log.progress)
+        with progress, stop, log.MetricsLog(self.folder, config.log.tensorboard, state["step"]) as metrics:
+            for step in range(state["step"] + 1, total + 1):
+                line, stopping = self.step(step, stop.asked)
+                metrics.write(run_folder.finite(line))
+                progress.update({name: line[f"loss_{name}"] for name in (term.name for term in self.loader.terms)})
+                state = {"step": step, "skipped_in_a_row": state["skipped_in_a_row"] + 1 if line["skipped"] else 0}
+                if state["skipped_in_a_row"] >= config.optim.max_skipped:
+                    self.save(state)
+                    reason = f"{config.optim.max_skipped} steps in a row were not finite and not applied; the weights "
+                    return Outcome(step, reason + "before them are in the newest checkpoint", DIVERGED)
+                if stopping and step < total:
+                    self.save(state)
+                    return Outcome(step, "a signal asked to stop; go on with --resume auto", STOPPED)
+                if due(step, config.checkpoint.save_every):
+                    self.save(state)
+                if due(step, config.eval.every) and step < total:
+                    metrics.scalars("eval", self.evaluate(step), step)
+        return Outcome(total, f"all {total} steps done", FINISHED)
+
+    def step(self, step: int, stop_asked: bool) -> tuple[dict[str, Any], bool]:
+        """One optimizer step; returns its line of metrics.jsonl and whether a rank was asked to stop."""
+        began, device = time.perf_counter(), self.policy.model.device
+        counted = torch.zeros(len(self.loader.terms) + 2, dtype=torch.float64)
+        for batch in self.loader.micro_batches(step - 1):
+            batch = batch.to(device)
+            output = self.policy.loss(batch, self.reference.rows(batch) if self.reference else None)
+            self.policy.backward(output.loss)
+            result = self.policy.step()
+            counts = torch.tensor([batch.num_tokens, batch.num_response_tokens])
+            counted += torch.cat([term_values(output.loss_N, batch, self.loader.terms), counts])
+        *values, tokens, response_tokens, stopping = dist.sums([*counted.tolist(), stop_asked], device)
+        seconds = time.perf_counter() - began
+        flops = cost.step_flops(self.size, tokens, response_tokens) / dist.world_size()
+        line: dict[str, Any] = {"step": step, "loss": 0.0}
+        for term, value in zip(self.loader.terms, values, strict=True):
+            line[f"loss_{term.name}"] = math.copysign(value, term.weight) / dist.world_size()
+            line["loss"] += abs(term.weight) * line[f"loss_{term.name}"]
+        return line | {
+            "grad_norm": result.grad_norm, "lr": result.learning_rate, "skipped": result.skipped,
+            "tokens": int(tokens), "response_tokens": int(response_tokens), "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds, "tflops_per_device": flops / seconds / 1e12,
+            "mfu": flops / seconds / self.peak_flops if self.peak_flops else None,
+            "peak_memory_bytes": engine.peak_memory_bytes(device),
+        }, bool(stopping)  # fmt: skip
+
+    def save(self, state: dict[str, int]) -> None:
+        if self.folder is not None:
+            checkpoint.save(self.policy, self.folder / "checkpoints", state["step"], state, self.config.checkpoint.keep)
+
+    def evaluate(self, step: int, name: str | None = None) -> dict[str, float]:
+        """Evaluate the policy as it is, record it, and return its numbers under flat names."""
+        if self.evaluator is None or self.record is None:
+            return {}
+        log.say(f"evaluate    {name or f'step {step}'}")
+        with self.policy.evaluation_model(self.config.eval.gather) as (model, synced):
+            result, answers = self.evaluator.run(model, step, self.originals or None, synced)
+        self.originals = self.originals or answers
+        if dist.is_main():
+            self.record.add(result, self.evaluator.samples(self.originals, answers), name)
+        dist.barrier()
+        sets = {key: value for key, value in result.items() if isinstance(value, dict)}
+        return {f"{group}/{key}": value for group, values in sets.items() for key, value in values.items()}
+
+    def restore(self) -> None:
+        """Take up the record of the run that is being resumed, the answers before it included."""
+        if self.record is not None and dist.is_main():
+            self.originals = self.record.restore()
+
+
+def term_values(loss_N: torch.Tensor, batch: PackedBatch, terms: Sequence[Term]) -> torch.Tensor:
+    """What this micro-batch adds to each term's value, times the number of ranks: float64 [terms].
+
+    The value of a term is the mean its weight multiplies; a bounded sequence counts with its bound.
+    """
+    means_S = torch.minimum(ops.sequence_means(loss_N.float(), batch), batch.bounds_S).double()
+    share_S = torch.zeros_like(means_S).index_add_(0, batch.sequence_N, batch.coefficients_N.double())
+    weights = torch.tensor([terms[term].weight for term in batch.term_of_sequence], dtype=torch.float64)
+    values_S = means_S.cpu() * share_S.cpu() / weights
+    return torch.zeros(len(terms), dtype=torch.float64).index_add_(0, torch.tensor(batch.term_of_sequence), values_S)
+
+
+def due(step: int, every: int) -> bool:
+    """True when something done every ``every`` steps is due after ``step``; 0 means never."""
+    return every > 0 and step % every == 0

@@ -1,0 +1,110 @@
+"""The values that travel between rooms, and the legend of shape suffixes.
+
+Shape legend: T tokens of a packed stream, S sequences in it, N response tokens (rows of the loss), V vocabulary,
+H hidden size, B sequences of a padded batch, L its length. ``hidden_NH`` is a [N, H] tensor; reductions drop letters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+IGNORE_INDEX = -100
+"""Label of a token that takes no part in a loss (the convention of torch and transformers)."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example as text. ``answer`` is what the row is for: the bad answer of a forget row, the right one of a
+    retain row. ``right_answers`` are the answers a metric compares with."""
+
+    prompt: str
+    answer: str
+    right_answers: tuple[str, ...] = ()
+    key: str = ""
+
+
+@dataclass(frozen=True)
+class EncodedRow:
+    """One example as token ids; every id of ``answer_ids`` is a response token. ``key`` names the content."""
+
+    prompt_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    key: str = ""
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.answer_ids)
+
+
+class Term(NamedTuple):
+    """One term of an objective: which rows, which loss, with which signed weight.
+
+    rows: "forget" | "mismatch" | "retain". loss: "ce" (cross-entropy) | "kl" (forward KL from the reference).
+    weight: signed; a negative weight is ascent. bound: a sequence whose mean loss is above it is not pushed further.
+    """
+
+    name: str
+    rows: str
+    loss: str
+    weight: float
+    bound: float = float("inf")
+
+
+@dataclass
+class PackedBatch:
+    """Sequences laid end to end in one stream without padding; attention never crosses a sequence.
+
+    Rows of the loss are sorted: all cross-entropy rows first, then all KL rows, so that KL rows are a suffix.
+    """
+
+    input_ids_T: torch.Tensor
+    position_ids_T: torch.Tensor
+    cu_seqlens: torch.Tensor
+    """int32 [S + 1], where each sequence starts and the last one ends."""
+    max_seqlen: int
+    loss_index_N: torch.Tensor
+    """Stream positions whose hidden state predicts a response token."""
+    targets_N: torch.Tensor
+    coefficients_N: torch.Tensor
+    """fp32: signed weight of each response token in the loss of this rank; what is minimised is their dot product
+    with the per-token losses."""
+    sequence_N: torch.Tensor
+    """Sequence (0..S-1) each loss row belongs to."""
+    bounds_S: torch.Tensor
+    """fp32: bound on the mean loss of each sequence, inf where there is none."""
+    sequence_lengths_S: torch.Tensor
+    """Number of response tokens of each sequence."""
+    num_kl_rows: int
+    kl_keys: list[str] = field(default_factory=list)
+    """Content keys of the sequences with KL rows, in stream order (the cached reference looks them up)."""
+    term_of_sequence: list[int] = field(default_factory=list)
+    """Index of the objective's term that each sequence belongs to."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids_T.numel()
+
+    @property
+    def num_response_tokens(self) -> int:
+        return self.targets_N.numel()
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """Return the batch with every tensor on ``device``."""
+        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return PackedBatch(**{**vars(self), **moved})
+
+
+class ReferenceRows(NamedTuple):
+    """The frozen reference at the KL rows of a batch: its last hidden states [N_kl, H] and its LM head [V, H]."""
+
+    hidden_NH: torch.Tensor
+    weight_VH: torch.Tensor
+
+
+class LossOutput(NamedTuple):
+    """``loss``: scalar to call backward on. ``loss_N``: detached fp32 loss of each row (cross-entropy or KL)."""
+
+    loss: torch.Tensor
+    loss_N: torch.Tensor
