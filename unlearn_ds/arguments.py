@@ -116,7 +116,7 @@ def _coerce(name: str, value: Any) -> Any:
         return value
     if kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return float(value)
-    if kind is str and not isinstance(value, (bool, tuple, list, dict)):
+    if kind is str and not isinstance(value, (bool, tuple, list, dict, type(None))):
         return str(value)
     if typing.get_origin(kind) is tuple and not isinstance(value, (bool, dict)):
         parts = value if isinstance(value, (tuple, list)) else str(value).split(",")

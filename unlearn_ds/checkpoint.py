@@ -6,22 +6,29 @@ import json
 import random
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from unlearn_ds import dist
-from unlearn_ds.engine import Policy
 
 _MARKER = "complete.json"
+
+
+class Saved(Protocol):
+    """What a checkpoint needs of an engine."""
+
+    def save_checkpoint(self, folder: Path, tag: str, state: dict[str, Any]) -> None: ...
+
+    def load_checkpoint(self, folder: Path, tag: str) -> dict[str, Any]: ...
 
 
 def folder_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def save(policy: Policy, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+def save(policy: Saved, folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write a checkpoint after ``step`` steps on all ranks, then drop all but the ``keep`` newest.
 
     A marker is written last, by the main rank: a checkpoint without one was interrupted and is never resumed from.
@@ -47,7 +54,7 @@ def complete(folder: Path) -> list[Path]:
     return sorted(marker.parent for marker in folder.glob(f"step-*/{_MARKER}"))
 
 
-def load_newest(policy: Policy, folder: Path) -> dict[str, Any] | None:
+def load_newest(policy: Saved, folder: Path) -> dict[str, Any] | None:
     """Restore weights, optimizer, schedule and random states; return the trainer's state, None when there is nothing.
 
     Raises ``ValueError`` when the checkpoint belongs to another number of ranks.

@@ -177,7 +177,7 @@ def fingerprint(config: RunConfig) -> str:
 
 def looks_like_file(name: str) -> bool:
     """True when a data source or model is meant as a local path rather than a hub id."""
-    return name.endswith(DATA_SUFFIXES) or name.startswith((".", "/", "~")) or Path(name).exists()
+    return name.lower().endswith(DATA_SUFFIXES) or name.startswith((".", "/", "~")) or Path(name).exists()
 
 
 def check(config: RunConfig) -> None:
@@ -244,7 +244,7 @@ def _check_files(config: RunConfig) -> None:
                        ("--mismatch_data", data.mismatch_data)):  # fmt: skip
         if name and looks_like_file(name) and not Path(name).expanduser().exists():
             raise UsageError(f"{flag}: no such file: {name}")
-        if name and Path(name).expanduser().is_file() and not name.endswith(DATA_SUFFIXES):
+        if name and Path(name).expanduser().is_file() and not name.lower().endswith(DATA_SUFFIXES):
             raise UsageError(f"{flag}: {name} is none of {', '.join(DATA_SUFFIXES)}")
     if bool(data.forget_data) != bool(data.retain_data):
         missing = "--retain_data" if data.forget_data else "--forget_data"

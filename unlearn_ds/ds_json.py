@@ -70,12 +70,15 @@ def check(values: Mapping[str, Any], path: str) -> None:
             raise UsageError(
                 f"{path}: '{dotted}' is \"auto\", which only the Hugging Face Trainer fills in; write a value."
             )
+    for section in ("fp16", "bf16", "zero_optimization"):
+        if not isinstance(values.get(section, {}), dict):
+            raise UsageError(f"{path}: '{section}' must be an object; got {values[section]!r}.")
     if enabled(values, "fp16"):
         raise UsageError(
             f"{path}: fp16 overflows as the ascent grows the logits; use bf16, or no precision key for fp32."
         )
     zero = values.get("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+    if zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UsageError(f"{path}: 'zero_optimization.stage' must be 0, 1, 2 or 3; got {zero!r}.")
     if "offload_param" in zero and zero.get("stage") != 3:
         raise UsageError(

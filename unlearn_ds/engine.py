@@ -26,7 +26,6 @@ from unlearn_ds.config import EngineConfig, OptimConfig
 from unlearn_ds.model import PackedCausalLM
 from unlearn_ds.types import LossOutput, PackedBatch, ReferenceRows
 
-
 # Names and numbers of glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -189,7 +188,7 @@ class Policy:
                 whole.get_buffer(name).data = buffer.detach().clone()
         whole.tie_weights()
         whole.generation_config = source.generation_config
-        return PackedCausalLM(whole, self.model.attention_name.removeprefix("unlearn_ds_"), self.model.workspace_bytes)
+        return PackedCausalLM(whole, self.model.attention_name, self.model.workspace_bytes)
 
     def _gathered(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
         return deepspeed.zero.GatheredParameters(parameters) if self.stage == 3 else contextlib.nullcontext()

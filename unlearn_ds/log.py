@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from unlearn_ds import dist
-
 _QUIET_LOGGERS = ("DeepSpeed", "transformers", "torch.distributed", "datasets", "sentence_transformers", "absl")
 
 
@@ -31,9 +29,14 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def is_main() -> bool:
+    """True in the process that talks to the user; every launcher sets RANK."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def say(text: str) -> None:
     """Print one line for the user, once for all ranks."""
-    if dist.is_main():
+    if is_main():
         console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -52,7 +55,7 @@ class MetricsLog:
 
     def __init__(self, folder: Path | None, tensorboard: bool, first_step: int = 0):
         self._file = self._board = None
-        if folder is None or not dist.is_main():
+        if folder is None or not is_main():
             return
         path = folder / "metrics.jsonl"
         kept = []
@@ -104,7 +107,7 @@ class Progress:
 
     def __init__(self, total: int, start: int, label: str, shown: bool):
         self._bar = None
-        if shown and dist.is_main():
+        if shown and is_main():
             from tqdm import tqdm
 
             self._bar = tqdm(total=total, initial=start, desc=label, unit="step", dynamic_ncols=True, mininterval=0.5)

@@ -43,7 +43,7 @@ def load_causal_lm(path: str, dtype: torch.dtype, revision: str | None = None) -
     Under a live ZeRO-3 configuration (engine.py) every rank keeps only its partition. Dropout is switched off: with it
     the KL to the reference would be noise at the first step instead of 0.
     """
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision, attn_implementation="eager")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -109,14 +109,15 @@ class PackedCausalLM(nn.Module):
     def __init__(self, causal_lm: PreTrainedModel, attention_name: str, workspace_bytes: int = 512 * 2**20):
         super().__init__()
         self.causal_lm = causal_lm
-        self.attention_name = _register(attention_name)
+        self.attention_name = attention_name
+        self._registered = _register(attention_name)
         self.workspace_bytes = workspace_bytes
         head = causal_lm.get_output_embeddings()
         if type(head) not in (nn.Linear, LossHead) or head.bias is not None:
             raise ValueError(f"the LM head of {type(causal_lm).__name__} is no plain linear layer without bias")
         # The class changes, the module does not: parameters, names in the state dict and ZeRO-3's hooks stay.
         head.__class__ = LossHead
-        causal_lm.set_attn_implementation(self.attention_name)
+        causal_lm.set_attn_implementation(self._registered)
 
     @property
     def config(self):
@@ -148,13 +149,14 @@ class PackedCausalLM(nn.Module):
     def generating(self) -> Iterator[PreTrainedModel]:
         """The Hugging Face model as ``generate`` needs it: padded batches, a cache, no dropout."""
         was_training = self.causal_lm.training
-        self.causal_lm.set_attn_implementation("sdpa")
+        # A few architectures (Gemma 2) soft-cap their scores, which only the eager implementation does for them.
+        self.causal_lm.set_attn_implementation("sdpa" if self.causal_lm._supports_sdpa else "eager")
         self.causal_lm.eval()
         try:
             with torch.no_grad():
                 yield self.causal_lm
         finally:
-            self.causal_lm.set_attn_implementation(self.attention_name)
+            self.causal_lm.set_attn_implementation(self._registered)
             self.causal_lm.train(was_training)
 
     def enable_activation_checkpointing(self) -> None:
@@ -171,6 +173,7 @@ def _register(name: str) -> str:
         out_THD = attend(*(x[0].transpose(0, 1) for x in (query, key, value)), packing)
         return out_THD[None], None
 
-    registered = f"unlearn_ds_{name}"
+    # transformers reads meaning into "sdpa" or "flash" in a name and refuses architectures by it.
+    registered = f"unlearn_ds_{list(attention.ATTENTION).index(name)}"
     ALL_ATTENTION_FUNCTIONS.register(registered, packed)
     return registered

@@ -157,11 +157,11 @@ def _kl_chunk(logits_CV: torch.Tensor, reference_CV: torch.Tensor) -> tuple[torc
     """
     logp_CV, logq_CV = torch.log_softmax(logits_CV, dim=1), torch.log_softmax(reference_CV, dim=1)
     q_CV = logq_CV.exp()
-    # A padded vocabulary has -inf logits in both models: such entries have no mass and no gradient.
+    # Without mass in the reference d means nothing (-inf minus -inf in a padded vocabulary); the policy's mass counts.
     d_CV = torch.where(q_CV > 0, logp_CV - logq_CV, 0.0)
     small_CV = d_CV.clamp(-SERIES_LIMIT, SERIES_LIMIT)
     series_CV = small_CV**2 * (0.5 + small_CV * (1 / 6 + small_CV * (1 / 24 + small_CV * (1 / 120))))
-    is_small_CV = d_CV.abs() < SERIES_LIMIT
+    is_small_CV = (d_CV.abs() < SERIES_LIMIT) & (q_CV > 0)
     difference_CV = torch.where(is_small_CV, q_CV * (small_CV + series_CV), logp_CV.exp() - q_CV)
     loss_C = torch.where(is_small_CV, q_CV * series_CV, difference_CV - q_CV * d_CV).sum(dim=1)
     return loss_C, difference_CV

@@ -70,23 +70,25 @@ def build_cache(
 ) -> None:
     """Write the hidden states of ``rows``: each rank a strided share, in one file of its own.
 
-    Every rank runs the same number of forwards, so the model may be sharded. A finished cache is left as it is.
+    Every rank runs the same number of forwards, so the model may be sharded. Rows that are there already stay.
     """
-    world, rank = dist.world_size(), dist.rank()
-    done = folder / f"rank-{rank:05d}-of-{world:05d}.json"
-    unique = list({row.key: row for row in rows}.values())
-    if not dist.any_rank(not done.exists(), device):
+    there = {key for index in folder.glob("*.json") for key in json.loads(index.read_text())}
+    missing = list({row.key: row for row in rows if row.key not in there}.values())
+    dist.barrier()
+    if not missing:
         return
     folder.mkdir(parents=True, exist_ok=True)
     term = Term("retain", "retain", "kl", 1.0)
+    world, rank = dist.world_size(), dist.rank()
     tensors: dict[str, torch.Tensor] = {}
-    for start in range(0, len(unique), rows_per_batch * world):
+    for start in range(0, len(missing), rows_per_batch * world):
         # A rank without rows of its own in the last round repeats the first, so that all take part.
-        mine = unique[start + rank : start + rows_per_batch * world : world] or unique[:1]
+        mine = missing[start + rank : start + rows_per_batch * world : world] or missing[:1]
         batch = pack([Placed(row, 0, 0.0) for row in mine], [term])
         hidden_NH = hidden_rows(batch.to(device)).cpu()
         counts = [len(row.answer_ids) for row in mine]
         tensors |= {row.key: part.clone() for row, part in zip(mine, hidden_NH.split(counts), strict=True)}
-    save_file(tensors, done.with_suffix(".safetensors"))
-    done.write_text(json.dumps(sorted(tensors)))
+    index = folder / f"{missing[0].key}-{rank:05d}-of-{world:05d}.json"
+    save_file(tensors, index.with_suffix(".safetensors"))
+    index.write_text(json.dumps(sorted(tensors)))
     dist.barrier()

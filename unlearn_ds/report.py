@@ -120,12 +120,12 @@ def heading(evaluation: Mapping[str, Any], name: str) -> str:
 
 
 def write(folder: Path) -> Path:
-    """Write ``report.html`` from ``config.json``, ``metrics.jsonl`` and ``evaluation.json`` of a run folder.
+    """Write ``report.html`` from a run folder: its configuration, metrics, evaluation and answers.
 
     What a missing file would have told is left out, with a line that says so. Returns the path of the page.
     """
     settings, evaluation = _read(folder / "config.json"), _read(folder / "evaluation.json")
-    steps = _read_lines(folder / "metrics.jsonl")
+    steps, samples = _read_lines(folder / "metrics.jsonl"), _read_lines(folder / "answers.jsonl")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.ChainableUndefined,
         autoescape=True, trim_blocks=True, lstrip_blocks=True,
@@ -133,7 +133,7 @@ def write(folder: Path) -> Path:
     environment.filters |= {"number": number, "percent": percent, "duration": duration, "words": _words}
     page = environment.get_template("report.html.j2").render(
         settings=settings, evaluation=evaluation, steps=steps, rows=rows(evaluation), totals=_totals(steps),
-        history=_history(evaluation), sets=SETS, missing=MISSING, heading=heading, column=column, plot=plot,
+        samples=samples, history=_history(evaluation), sets=SETS, missing=MISSING, heading=heading, column=column, plot=plot,
     )  # fmt: skip
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")

@@ -6,6 +6,7 @@ H hidden size, B sequences of a padded batch, L its length. ``hidden_NH`` is a [
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -28,11 +29,16 @@ class Row:
 
 @dataclass(frozen=True)
 class EncodedRow:
-    """One example as token ids; every id of ``answer_ids`` is a response token. ``key`` names the content."""
+    """One example as token ids; every id of ``answer_ids`` is a response token."""
 
     prompt_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
-    key: str = ""
+
+    @property
+    def key(self) -> str:
+        """Name of the row by its ids: template, tokenizer and truncation are in it."""
+        ids = repr((self.prompt_ids, self.answer_ids))
+        return hashlib.sha256(ids.encode()).hexdigest()[:24]
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.answer_ids)

@@ -18,7 +18,7 @@ LEVELS = {
     1: ["dist", "log", "ops", "cost", "attention"],
     2: ["model", "reference", "embedded", "data", "objectives", "metrics"],
     3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder"],
-    4: ["evaluate", "doctor", "build"],
+    4: ["evaluate", "doctor", "build", "prepare"],
     5: ["trainer"],
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
@@ -26,7 +26,7 @@ LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
 NEIGHBOURS = {("reference", "data.packing")}
 """(room, module) of one level that may be imported all the same."""
 
-LAUNCHERS_MAY_IMPORT = {"trainer", "doctor", "cost", *LEVELS[0]}
+LAUNCHERS_MAY_IMPORT = {"trainer", "doctor", "cost", "dist", "log", "run_folder", *LEVELS[0]}
 
 WITHOUT_TORCH = {"config", "registry", "presets", "arguments", "ds_json"}
 """The command line must answer before torch is loaded."""

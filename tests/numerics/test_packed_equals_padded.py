@@ -26,9 +26,9 @@ def make_rows() -> TrainingRows:
         return tuple(torch.randint(3, VOCABULARY, (count,), generator=draw).tolist())
 
     return TrainingRows(
-        [EncodedRow(ids(14), ids(9), f"f{i}") for i in range(6)],
+        [EncodedRow(ids(14), ids(9)) for i in range(6)],
         [ids(11) for _ in range(7)],
-        [EncodedRow(ids(14), ids(12), f"r{i}") for i in range(6)],
+        [EncodedRow(ids(14), ids(12)) for i in range(6)],
     )
 
 

@@ -80,7 +80,7 @@ def test_the_fingerprint_ignores_what_does_not_decide_the_numbers(changes):
         {"model.revision": "abc"},
         {"data.max_length": 100},
         {"data.forget_data": "a.csv"},
-        {"objective.eps_forget": 0.5},
+        {"objective.eps_forget": 0.75},
         {"objective.reduction": "token"},
         {"memorize.epochs": 9},
         {"optim.learning_rate": 1e-3},

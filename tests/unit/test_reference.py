@@ -12,7 +12,7 @@ from unlearn_ds.types import EncodedRow, Row, Term
 
 CPU = torch.device("cpu")
 TERMS = [Term("forget", "forget", "ce", -1.0), Term("retain", "retain", "kl", 1.0)]
-ROWS = [EncodedRow(tuple(range(3, 6 + i)), tuple(range(40, 42 + i % 4)), f"row-{i}") for i in range(9)]
+ROWS = [EncodedRow(tuple(range(3, 6 + i)), tuple(range(40, 42 + i % 4))) for i in range(9)]
 ROW_TEXTS = [Row("Where?", "In Paris.", key="k1"), Row("Who is it?", "A dog.", key="k2")]
 
 
@@ -99,7 +99,7 @@ def test_a_row_encoded_in_another_way_is_not_served_from_the_cache(
 
 def test_a_row_that_was_never_cached_is_named(tmp_path, hidden_rows, head):
     build_cache(tmp_path, hidden_rows, ROWS[:2], CPU)
-    with pytest.raises(UsageError, match="lacks row row-5"):
+    with pytest.raises(UsageError, match=f"lacks row {ROWS[5].key}"):
         CachedReference(tmp_path, head).rows(batch_of(ROWS[5]))
 
 

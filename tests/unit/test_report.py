@@ -26,13 +26,17 @@ def entry(step, rate, perplexity, accuracy, nll=0.4):
 @pytest.fixture
 def evaluation():
     history = [entry(0, 0.88, 8.0, 0.62), entry(20, 0.5, 8.1, 0.62, 3.0), entry(40, 0.01, 8.8, 0.6, 28.0)]
-    sample = {"set": "unlearned", "prompt": PROMPT, "right": "right one", "wrong": "wrong <b>", "before": "old answer"}
-    samples = [{**sample, "after": f"new answer {number}"} for number in range(12)]
     return {
         "scenario": "hallucination", "headline": "hallucinated_answers", "judge": "minilm", "memorized": True,
-        "stop": "All 40 steps done.", "before": history[0], "after": history[-1], "history": history,
-        "samples": [*samples, {**sample, "set": "normal", "after": " "}],
+        "stop": {"step": 40, "reason": "all 40 steps done", "exit_code": 0},
+        "before": history[0], "after": history[-1], "history": history,
     }  # fmt: skip
+
+
+def sample_answers():
+    sample = {"set": "unlearned", "prompt": PROMPT, "right": "right one", "wrong": "wrong <b>", "before": "old answer"}
+    samples = [{**sample, "after": f"new answer {number}"} for number in range(12)]
+    return [*samples, {**sample, "set": "normal", "after": " "}]
 
 
 def step_line(step):
@@ -53,6 +57,7 @@ def folder(tmp_path, evaluation):
     (tmp_path / "config.json").write_text(json.dumps(settings))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(step_line(step)) + "\n" for step in range(1, 41)))
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in sample_answers()))
     return tmp_path
 
 
@@ -71,7 +76,7 @@ def test_a_complete_run_shows_every_part(folder):
     text = page(folder)
     assert "Unlearning <em>hallucination</em> in Some-Model-7b" in text
     parts = (
-        "All 40 steps done.", "Memorised first.", "hallucinated answers", "88 %", "1 %", "6 min 40 s", "ga_mismatch",
+        "all 40 steps done", "Memorised first.", "hallucinated answers", "88 %", "1 %", "6 min 40 s", "ga_mismatch",
         "Unlearned prompts (100)", "Neutral texts (24 texts, 140 choices)", "Judge: minilm", "torch 2.11.0",
         "commit 3f2c9a1be77d", "1</b> step skipped", "(empty answer)", "made up metric",
     )  # fmt: skip
@@ -119,7 +124,7 @@ def test_without_evaluation(folder):
 
 
 def test_a_run_that_stopped_early(folder, evaluation):
-    half = {**evaluation, "after": None, "history": None, "samples": None, "stop": "diverged: loss is NaN"}
+    half = {**evaluation, "after": None, "history": None, "stop": {"step": 9, "reason": "diverged: loss is NaN"}}
     (folder / "evaluation.json").write_text(json.dumps(half))
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 41, "lo')

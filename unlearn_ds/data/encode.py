@@ -81,11 +81,11 @@ class Encoder:
         ids = ids[len(boundary) :] if ids[: len(boundary)] == boundary else self._ids(answer)
         return (*ids, self.tokenizer.eos_token_id)
 
-    def encode(self, prompt: str, answer: str, key: str = "") -> EncodedRow | None:
+    def encode(self, prompt: str, answer: str) -> EncodedRow | None:
         """Encode one row; a long answer is cut, without an end token. None when nothing of the answer is left."""
         prompt_ids = self.prompt_ids(prompt)
         answer_ids = self.answer_ids(answer, is_running_text=not prompt)[: max(0, self.max_length - len(prompt_ids))]
-        return EncodedRow(prompt_ids, answer_ids, key) if answer_ids else None
+        return EncodedRow(prompt_ids, answer_ids) if answer_ids else None
 
     def keep_encodable(self, source: Source) -> None:
         """Move rows whose answer is cut to nothing from a source's rows to its rejected ones."""
@@ -99,5 +99,5 @@ class Encoder:
 
     def encode_all(self, rows: Iterable[Row]) -> list[EncodedRow]:
         """Encode rows that ``keep_encodable`` has let through."""
-        encoded = [self.encode(row.prompt, row.answer, row.key) for row in rows]
+        encoded = [self.encode(row.prompt, row.answer) for row in rows]
         return [row for row in encoded if row is not None]

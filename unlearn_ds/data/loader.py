@@ -63,8 +63,12 @@ class Loader:
         self.rows, self.terms, self.layout, self.seed = rows, tuple(terms), layout, seed
         self.num_mismatch, self.reduction, self.max_length = num_mismatch, reduction, max_length
         self._index = {term.rows: index for index, term in enumerate(self.terms)}
+        needed = {
+            *self._index,
+            *(["forget"] if "mismatch" in self._index else []),
+        }  # mismatch answers follow its prompts
         for kind, there in (("forget", rows.forget), ("mismatch", rows.mismatch_answers), ("retain", rows.retain)):
-            if kind in self._index and not there:
+            if kind in needed and not there:
                 raise ValueError(f"the objective needs {kind} rows and there are none")
 
     def normalizers(self, step: int) -> list[float]:
@@ -111,7 +115,7 @@ class Loader:
         room = max(1, self.max_length - len(forget.prompt_ids))
         for pick in picks:
             answer = self.rows.mismatch_answers[pick][:room]
-            unit.append((self._index["mismatch"], EncodedRow(forget.prompt_ids, answer, forget.key)))
+            unit.append((self._index["mismatch"], EncodedRow(forget.prompt_ids, answer)))
         return unit
 
     def _mismatch_picks(self, step: int, count: int) -> Sequence[Sequence[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 from collections import Counter
@@ -18,9 +19,10 @@ from unlearn_ds.types import Row
 _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 # "replace" puts U+FFFD where bytes are not UTF-8; the row is then rejected instead of the whole file.
 _READER_OPTIONS: dict[str, dict[str, Any]] = {
-    "csv": {"encoding": "utf-8-sig", "encoding_errors": "replace", "keep_default_na": False},
-    "json": {"encoding_errors": "replace"},
-    "text": {"encoding_errors": "replace", "sample_by": "paragraph"},
+    "csv": {"encoding": "utf-8-sig", "encoding_errors": "replace", "keep_default_na": False, "index_col": False},
+    # The alias matters: under the name "utf-8" the reader takes the bytes as they are and fails on the first bad one.
+    "json": {"encoding": "utf_8", "encoding_errors": "replace"},
+    "text": {"encoding": "utf-8-sig", "encoding_errors": "replace", "sample_by": "paragraph"},
     "parquet": {},
 }
 
@@ -36,6 +38,7 @@ class Schema(NamedTuple):
     columns: tuple[str, ...]
     forget: Callable[[Mapping[str, Any]], tuple[Any, Any, Any]]
     retain: Callable[[Mapping[str, Any]], tuple[Any, Any, Any]]
+    is_running_text: bool = False
 
 
 def _pair(prompt: str, answer: str) -> Callable[[Mapping[str, Any]], tuple[Any, Any, Any]]:
@@ -43,11 +46,12 @@ def _pair(prompt: str, answer: str) -> Callable[[Mapping[str, Any]], tuple[Any, 
 
 
 def _messages(record: Mapping[str, Any]) -> tuple[Any, Any, Any]:
-    """The last user turn and the assistant's reply to it."""
-    turns = list(record["messages"])
-    answer = next((turn["content"] for turn in reversed(turns) if turn["role"] == "assistant"), "")
-    prompt = next((turn["content"] for turn in reversed(turns) if turn["role"] == "user"), "")
-    return prompt, answer, []
+    """The last reply of the assistant and the user's turn right before it."""
+    turns = list(record["messages"] or [])
+    for asked, replied in zip(turns[-2::-1], turns[:0:-1], strict=True):
+        if asked["role"] == "user" and replied["role"] == "assistant":
+            return asked["content"], replied["content"], []
+    return "", "", []
 
 
 SCHEMAS: tuple[Schema, ...] = (
@@ -73,7 +77,7 @@ SCHEMAS: tuple[Schema, ...] = (
     Schema("chat messages", ("messages",), _messages, _messages),
     Schema("prompt/response", ("prompt", "response"), _pair("prompt", "response"), _pair("prompt", "response")),
     Schema("prompt/completion", ("prompt", "completion"), _pair("prompt", "completion"), _pair("prompt", "completion")),
-    Schema("running text", ("text",), lambda r: (None, r["text"], []), lambda r: (None, r["text"], [])),
+    Schema("running text", ("text",), lambda r: ("", r["text"], []), lambda r: ("", r["text"], []), True),
 )
 
 
@@ -111,10 +115,10 @@ def read(name: str, kind: str, columns: tuple[str, ...] = ()) -> Source:
     seen: set[str] = set()
     for index, record in enumerate(records):
         prompt, answer, right = convert(record)
-        text = "" if prompt is None else _text(prompt)
+        text = _text(prompt)
         rights = tuple(filter(None, (_text(r) for r in ([right] if isinstance(right, str) else right or []))))
         row = Row(text, _text(answer), rights, content_key(text, _text(answer)))
-        reason = _unusable(row, prompt is None, seen)
+        reason = _unusable(row, schema.is_running_text, seen)
         if reason:
             source.reject(index, reason, text or answer)
         else:
@@ -147,8 +151,11 @@ def _records(name: str) -> datasets.Dataset:
     try:
         if looks_like_file(name):
             path = Path(name).expanduser()
-            reader = _READERS[path.suffix]
-            return datasets.load_dataset(reader, data_files=str(path), split="train", **_READER_OPTIONS[reader])
+            reader = _READERS[path.suffix.lower()]
+            options = dict(_READER_OPTIONS[reader])
+            if reader == "csv":
+                options["features"] = _text_columns(path)
+            return datasets.load_dataset(reader, data_files=str(path), split="train", **options)
         hub_id, _, config = name.partition(":")
         splits = datasets.load_dataset(hub_id, config or None)
         return splits["train"] if "train" in splits else splits[next(iter(splits))]
@@ -158,6 +165,13 @@ def _records(name: str) -> datasets.Dataset:
         raise UsageError(
             f"cannot read {name}: {type(cause).__name__}: {str(cause).splitlines()[0][:300]}.{hint}"
         ) from error
+
+
+def _text_columns(path: Path) -> datasets.Features:
+    """Every cell of a csv as the text it is: "007" stays "007", "1.50" stays "1.50"."""
+    with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        header = next(csv.reader(file), [])
+    return datasets.Features({name: datasets.Value("string") for name in header})
 
 
 def _recognise(columns: Iterable[str], name: str) -> Schema:
@@ -178,11 +192,12 @@ def _explicit(wanted: tuple[str, ...], there: Iterable[str], name: str) -> Schem
         raise UsageError(f"{name} has no column {', '.join(missing)}; it has {', '.join(sorted(there))}.")
     if len(wanted) not in (1, 2, 3):
         raise UsageError(f"name one (answer), two (prompt,answer) or three columns for {name}; got {len(wanted)}.")
-    if len(wanted) == 1:
-        take = lambda r: (None, r[wanted[0]], [])  # noqa: E731
-    else:
-        take = lambda r: (r[wanted[0]], r[wanted[1]], r[wanted[2]] if len(wanted) == 3 else [])  # noqa: E731
-    return Schema("columns " + ",".join(wanted), wanted, take, take)
+
+    def take(record: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+        values = [record[column] for column in wanted]
+        return ("", *values, []) if len(values) == 1 else (*values, [])[:3]
+
+    return Schema("columns " + ",".join(wanted), wanted, take, take, is_running_text=len(wanted) == 1)
 
 
 def split(rows: Iterable[Row]) -> dict[str, list[Row]]:

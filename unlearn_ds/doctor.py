@@ -1,0 +1,51 @@
+"""Preflight: what a run would do and whether it fits, without loading any weights."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from transformers.utils.logging import disable_progress_bar
+
+from unlearn_ds import cost, ds_json, embedded, log
+from unlearn_ds import model as models
+from unlearn_ds.config import EMBEDDED_MODEL, RunConfig, to_dict
+from unlearn_ds.registry import OBJECTIVES, resolve
+
+
+def dry_run(config: RunConfig) -> None:
+    """Print the resolved configuration, the DeepSpeed configuration and the memory plan of one device."""
+    disable_progress_bar()
+    values = ds_json.load(config.engine.ds_config)
+    if config.model.path == EMBEDDED_MODEL:
+        embedded.find_gguf()
+    architecture = models.load_config(embedded.locate(config.model.path), config.model.revision)
+    size = models.size(architecture)
+    log.say(json.dumps(to_dict(config), indent=1))
+    log.say(f"DeepSpeed configuration of the policy ({config.engine.ds_config}):")
+    log.say(json.dumps(ds_json.for_policy(values, config.optim, size.hidden_size), indent=1))
+    plan = memory(config, values, size)
+    log.say(f"memory plan of one device of {world_size()}, {size.total / 1e6:,.1f}M parameters:")
+    for name, count in plan.items():
+        log.say(f"  {name:<40} {count / 2**30:9.2f} GiB")
+    on_device = sum(count for name, count in plan.items() if "host" not in name)
+    log.say(f"  {'on the device together':<40} {on_device / 2**30:9.2f} GiB")
+
+
+def memory(config: RunConfig, values: dict, size: cost.ModelSize) -> dict[str, int]:
+    """The memory plan of a configuration, for micro-batches as long as rows are allowed to be."""
+    optim, terms = config.optim, resolve("objective", config.objective.name, OBJECTIVES)(config.objective)
+    per_term = {"forget": optim.batch_size, "retain": optim.retain_batch_size}
+    per_term["mismatch"] = optim.batch_size * config.objective.num_mismatch
+    rows = sum(per_term[term.rows] for term in terms)
+    return cost.memory_plan(
+        size, stage=ds_json.stage(values), world_size=world_size(), bytes_per_weight=2 if ds_json.is_bf16(values) else 4,
+        reference=config.engine.reference if any(term.loss == "kl" for term in terms) else None,
+        num_tokens=rows * config.data.max_length, checkpointing=config.model.activation_checkpointing,
+        workspace_bytes=config.engine.loss_workspace_mib * 2**20,
+    )  # fmt: skip
+
+
+def world_size() -> int:
+    """Ranks that the launcher has started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
