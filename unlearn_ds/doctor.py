@@ -39,7 +39,8 @@ def memory(config: RunConfig, values: dict, size: cost.ModelSize) -> dict[str, i
     per_term["mismatch"] = optim.batch_size * config.objective.num_mismatch
     rows = sum(per_term[term.rows] for term in terms)
     return cost.memory_plan(
-        size, stage=ds_json.stage(values), world_size=world_size(), bytes_per_weight=2 if ds_json.is_bf16(values) else 4,
+        size, stage=ds_json.stage(values), world_size=world_size(),
+        bytes_per_weight=2 if ds_json.is_bf16(values) else 4,
         reference=config.engine.reference if any(term.loss == "kl" for term in terms) else None,
         num_tokens=rows * config.data.max_length, checkpointing=config.model.activation_checkpointing,
         workspace_bytes=config.engine.loss_workspace_mib * 2**20,

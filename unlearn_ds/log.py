@@ -11,12 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 _QUIET_LOGGERS = ("DeepSpeed", "transformers", "torch.distributed", "datasets", "sentence_transformers", "absl")
 
 
 def quiet() -> None:
-    """Silence third-party warnings that a user can do nothing about. Call before deepspeed is imported."""
-    os.environ.setdefault("DS_LOG_LEVEL", "ERROR")
+    """Silence third-party warnings that a user can do nothing about.
+
+    Call before deepspeed is imported, for what it says while it looks for a device, and once more after, because it
+    sets the level of its logger on import.
+    """
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

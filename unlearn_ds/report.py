@@ -133,7 +133,8 @@ def write(folder: Path) -> Path:
     environment.filters |= {"number": number, "percent": percent, "duration": duration, "words": _words}
     page = environment.get_template("report.html.j2").render(
         settings=settings, evaluation=evaluation, steps=steps, rows=rows(evaluation), totals=_totals(steps),
-        samples=samples, history=_history(evaluation), sets=SETS, missing=MISSING, heading=heading, column=column, plot=plot,
+        samples=samples, history=_history(evaluation), sets=SETS, missing=MISSING, heading=heading, column=column,
+        plot=plot,
     )  # fmt: skip
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")

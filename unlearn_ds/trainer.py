@@ -38,6 +38,8 @@ class Outcome(NamedTuple):
 
 def train(config: RunConfig) -> int:
     """Evaluate, unlearn, evaluate again, save and report. Returns the exit code."""
+    if not config.log.verbose:
+        log.quiet()
     device = engine.start(config.engine)
     folder = run_folder.open_run(config, engine.versions())
     values = ds_json.load(config.engine.ds_config)

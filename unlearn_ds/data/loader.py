@@ -73,11 +73,11 @@ class Loader:
 
     def normalizers(self, step: int) -> list[float]:
         """What each term of step ``step`` is divided by: its sequences, or its response tokens, in the global batch."""
-        return self._normalizers(self._global_batch(step))
+        return self._normalizers(self.global_batch(step))
 
     def micro_batches(self, step: int) -> list[PackedBatch]:
         """The micro-batches of this rank in step ``step`` (0-based)."""
-        units = self._global_batch(step)
+        units = self.global_batch(step)
         divisors = self._normalizers(units)
         weights = [term.weight * self.layout.world_size for term in self.terms]  # DeepSpeed averages over ranks
         batches = []
@@ -95,7 +95,7 @@ class Loader:
             divisors[term] += 1 if self.reduction == "sequence" else len(row.answer_ids)
         return divisors
 
-    def _global_batch(self, step: int) -> list[list[list[tuple[int, EncodedRow]]]]:
+    def global_batch(self, step: int) -> list[list[list[tuple[int, EncodedRow]]]]:
         """Parts of the global batch; a part is a list of units, a unit rows that share a prompt: (term, row)."""
         layout = self.layout
         prompts, retain = [], []
