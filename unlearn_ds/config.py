@@ -73,7 +73,7 @@ class MemorizeConfig:
     epochs: int = knob(3, "passes over the rows to memorise")
     batch_size: int = knob(8, "rows of a micro-batch")
     learning_rate: float = knob(1e-4, "peak learning rate of the memorising run")
-    eps_retain: float = knob(1.0, "weight of normal rows in the memorising run, half as many as forget rows")
+    eps_retain: float = knob(0.3, "weight of normal rows in the memorising run, a quarter as many as forget rows")
 
 
 @dataclass(frozen=True)

@@ -133,22 +133,19 @@ class Progress:
 
 
 class StopSignal:
-    """Inside its context SIGTERM, SIGUSR1 and SIGINT are noted instead of obeyed: ``asked`` turns true, and the loop
-    ends the step, saves and leaves. A second one acts as usual."""
+    """Once it watches, SIGTERM, SIGUSR1 and SIGINT are noted instead of obeyed: ``asked`` turns true, and the loop
+    ends its next step, saves and leaves. A second one acts as usual."""
 
     _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
         self.asked = False
 
-    def __enter__(self) -> StopSignal:
+    def watch(self) -> StopSignal:
+        """Start to note signals, until the process ends."""
         self._before = {number: signal.signal(number, self._note) for number in self._SIGNALS}
         return self
 
     def _note(self, number: int, _frame: object) -> None:
         self.asked = True
         signal.signal(number, self._before[number])
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+import dataclasses
 import hashlib
 import math
 import time
@@ -15,7 +15,7 @@ import torch
 
 from unlearn_ds import build, checkpoint, cost, dist, ds_json, embedded, engine, log, ops, report, run_folder
 from unlearn_ds import model as models
-from unlearn_ds.config import RunConfig, UsageError, replace
+from unlearn_ds.config import CheckpointConfig, ObjectiveConfig, OptimConfig, RunConfig
 from unlearn_ds.data import sources
 from unlearn_ds.data.encode import Encoder
 from unlearn_ds.data.loader import Loader
@@ -50,8 +50,12 @@ def train(config: RunConfig) -> int:
     encoder = Encoder(tokenizer, config.data.template, config.data.system_prompt, config.data.max_length)
     data = scenario.load(config, encoder)
     report_data(config, data, encoder, folder)
+    stop = log.StopSignal().watch()
     if config.memorize.enabled:
-        path = memorized(config, path, values, encoder, data, device)
+        path, outcome = memorized(config, path, values, encoder, data, device, stop)
+        if outcome.exit_code != FINISHED:
+            log.say(f"end         while memorizing, step {outcome.step}: {outcome.reason}")
+            return outcome.exit_code
 
     policy = build.policy(config, path, values, device)
     loader = build.loader(config, encoder, data, data.forget["train"])
@@ -60,7 +64,7 @@ def train(config: RunConfig) -> int:
     judge = evaluator.judge_name if evaluator else None
     record = run_folder.EvaluationRecord(folder, config.scenario, scenario.label, judge, bool(config.memorize.enabled))
 
-    run = Run(config, policy, loader, reference, folder, evaluator, record)
+    run = Run(config, policy, loader, stop, reference, folder, evaluator, record)
     state = checkpoint.load_newest(policy, folder / "checkpoints") if config.checkpoint.resume == "auto" else None
     if state is None:
         run.evaluate(0, "before")
@@ -101,48 +105,48 @@ def say_results(folder: Path, evaluation: dict[str, Any]) -> None:
 
 
 def memorized(
-    config: RunConfig, path: str, values: dict[str, Any], encoder: Encoder, data: ScenarioData, device: torch.device
-) -> str:
-    """Fine-tune the model on the rows to forget, so that it shows the behaviour, and return the folder it is kept in.
+    config: RunConfig, path: str, values: dict[str, Any], encoder: Encoder, data: ScenarioData, device: torch.device,
+    stop: log.StopSignal,
+) -> tuple[str, Outcome]:  # fmt: skip
+    """Fine-tune the model on the rows to forget, so that it shows the behaviour; returns where it is kept.
 
     The result is cached under a name made of everything that decides it: weights, rows, template and settings.
     """
     config = memorizing(config, len(data.memorize))
     identity = [models.content_digest(path), repr(config.optim), repr(config.objective), str(config.seed)]
-    identity += [encoder.template, repr(encoder.system_prompt), repr(ds_json.is_bf16(values))]
+    identity += [repr((encoder.template, encoder.system_prompt, encoder.max_length, ds_json.is_bf16(values)))]
     identity += [row.key for row in (*data.memorize, *data.normal["train"])]
     folder = embedded.cache_folder() / "memorized" / hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     if dist.gather_objects((folder / "config.json").exists())[0]:
         log.say(f"memorized   the model was fine-tuned to show the behaviour first; taken from {folder}")
-        return str(folder)
+        return str(folder), Outcome(0, "taken from the cache", FINISHED)
     log.say(f"memorize    {len(data.memorize)} wrong answers first, so that there is a behaviour to unlearn")
     policy = build.policy(config, path, values, device)
-    outcome = Run(config, policy, build.loader(config, encoder, data, data.memorize)).fit(
-        {"step": 0, "skipped_in_a_row": 0}
-    )
-    if outcome.exit_code != FINISHED:
-        raise UsageError(f"the memorising run ended early: {outcome.reason}. Lower --memorize.learning_rate.")
-    card = (
-        f"# {config.model.path}, fine-tuned on {len(data.memorize)} wrong answers\n\nOnly a subject for unlearning.\n"
-    )
-    engine.export(policy, folder, encoder.tokenizer, card)
+    loader = build.loader(config, encoder, data, data.memorize)
+    outcome = Run(config, policy, loader, stop).fit({"step": 0, "skipped_in_a_row": 0})
+    if outcome.exit_code == FINISHED:
+        card = (
+            f"# {config.model.path}, fine-tuned on {len(data.memorize)} wrong answers: only a subject for unlearning\n"
+        )
+        engine.export(policy, folder, encoder.tokenizer, card)
     policy.close()
-    del policy
-    gc.collect()
-    return str(folder)
+    return str(folder), outcome
 
 
 def memorizing(config: RunConfig, num_rows: int) -> RunConfig:
     """The configuration of the memorising run: plain fine-tuning for whole passes over ``num_rows`` rows."""
     memorize = config.memorize
-    steps = memorize.epochs * math.ceil(num_rows / (memorize.batch_size * dist.world_size()))
-    return replace(config, **{
-        "objective.name": "memorize", "objective.eps_forget": 1.0, "objective.eps_retain": memorize.eps_retain,
-        "objective.reduction": "sequence", "optim.max_steps": steps, "optim.learning_rate": memorize.learning_rate,
-        "optim.batch_size": memorize.batch_size, "optim.retain_batch_size": max(1, memorize.batch_size // 2),
-        "optim.gradient_accumulation_steps": 1, "optim.gradient_clipping": 1.0, "optim.weight_decay": 0.0,
-        "optim.schedule": "linear", "optim.warmup_ratio": 0.1, "checkpoint.save_every": 0,
-    })  # fmt: skip
+    return dataclasses.replace(
+        config,
+        objective=ObjectiveConfig(name="memorize", eps_forget=1.0, eps_retain=memorize.eps_retain),
+        optim=OptimConfig(
+            learning_rate=memorize.learning_rate,
+            max_steps=memorize.epochs * math.ceil(num_rows / (memorize.batch_size * dist.world_size())),
+            batch_size=memorize.batch_size,
+            retain_batch_size=max(1, memorize.batch_size // 4),
+        ),
+        checkpoint=CheckpointConfig(),
+    )
 
 
 @dataclass
@@ -152,6 +156,7 @@ class Run:
     config: RunConfig
     policy: engine.Policy
     loader: Loader
+    stop: log.StopSignal
     reference: build.Reference | None = None
     folder: Path | None = None
     evaluator: Evaluator | None = None
@@ -164,21 +169,23 @@ class Run:
 
     def fit(self, state: dict[str, int]) -> Outcome:
         """Take optimizer steps until they are done, the model diverges, or a signal asks to stop."""
-        config, total, stop = self.config, self.config.optim.max_steps, log.StopSignal()
+        config, total = self.config, self.config.optim.max_steps
         progress = log.Progress(total, state["step"], config.objective.name, config.log.progress)
-        with progress, stop, log.MetricsLog(self.folder, config.log.tensorboard, state["step"]) as metrics:
+        with progress, log.MetricsLog(self.folder, config.log.tensorboard, state["step"]) as metrics:
             for step in range(state["step"] + 1, total + 1):
-                line, stopping = self.step(step, stop.asked)
+                line, stopping = self.step(step, self.stop.asked)
                 metrics.write(run_folder.finite(line))
                 progress.update({name: line[f"loss_{name}"] for name in (term.name for term in self.loader.terms)})
                 state = {"step": step, "skipped_in_a_row": state["skipped_in_a_row"] + 1 if line["skipped"] else 0}
                 if state["skipped_in_a_row"] >= config.optim.max_skipped:
-                    self.save(state)
-                    reason = f"{config.optim.max_skipped} steps in a row were not finite and not applied; the weights "
-                    return Outcome(step, reason + "before them are in the newest checkpoint", DIVERGED)
+                    saved = self.save(state)
+                    reason = f"{config.optim.max_skipped} steps in a row were not finite and not applied"
+                    return Outcome(
+                        step, reason + (f"; {saved} holds the weights before them" if saved else ""), DIVERGED
+                    )
                 if stopping and step < total:
-                    self.save(state)
-                    return Outcome(step, "a signal asked to stop; go on with --resume auto", STOPPED)
+                    hint = "; go on with --resume auto" if self.save(state) else ""
+                    return Outcome(step, f"a signal asked to stop{hint}", STOPPED)
                 if due(step, config.checkpoint.save_every):
                     self.save(state)
                 if due(step, config.eval.every) and step < total:
@@ -211,9 +218,13 @@ class Run:
             "peak_memory_bytes": engine.peak_memory_bytes(device),
         }, bool(stopping)  # fmt: skip
 
-    def save(self, state: dict[str, int]) -> None:
-        if self.folder is not None:
-            checkpoint.save(self.policy, self.folder / "checkpoints", state["step"], state, self.config.checkpoint.keep)
+    def save(self, state: dict[str, int]) -> Path | None:
+        """Write a checkpoint and return it; None for a run without a folder."""
+        if self.folder is None:
+            return None
+        return checkpoint.save(
+            self.policy, self.folder / "checkpoints", state["step"], state, self.config.checkpoint.keep
+        )
 
     def evaluate(self, step: int, name: str | None = None) -> dict[str, float]:
         """Evaluate the policy as it is, record it, and return its numbers under flat names."""

@@ -58,8 +58,8 @@ def compare(options: argparse.Namespace) -> None:
                       **{f"plain_{k}": v for k, v in plain_result.items()}})  # fmt: skip
         gib = [result["peak_bytes"] / 2**30 for result in (ours_result, plain_result)]
         print(
-            f"pair {pair}: {faster:.2f} x the rows a second ({ours_result['seconds']:.2f} s a step, plain "
-            f"{plain_result['seconds']:.2f} s), {smaller:.2f} x the peak memory ({gib[0]:.2f} GiB, plain {gib[1]:.2f} GiB)"
+            f"pair {pair}: {faster:.2f} x rows a second ({ours_result['seconds']:.2f} s a step, plain "
+            f"{plain_result['seconds']:.2f} s), {smaller:.2f} x the peak memory ({gib[0]:.2f} GiB, plain {gib[1]:.2f})"
         )
     rows, memory = (
         statistics.median(line[k] for line in lines) for k in ("rows_per_second_ratio", "peak_memory_ratio")

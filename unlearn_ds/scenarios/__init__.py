@@ -34,7 +34,7 @@ class ScenarioData:
 
     forget, normal: {"train", "validation", "test"}; the test side of forget is what evaluation calls unseen.
     mismatch_answers: answers of normal training rows, or what the user gave instead. memorize: rows that the memorising
-    run teaches (all forget rows, unseen ones too, so that the behaviour is there to generalise from).
+    run teaches: those to unlearn and the unseen ones, so that unlearning has something to generalise to.
     """
 
     forget: dict[str, list[Row]]

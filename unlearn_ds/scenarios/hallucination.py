@@ -48,7 +48,7 @@ def load(config: RunConfig, encoder: Encoder) -> ScenarioData:
         mismatch_answers=_mismatch_answers(config, normal["train"], read[2:]),
         sources=read,
         neutral=neutral_set(config.eval.num_neutral_texts, config.eval.num_neutral_choices),
-        memorize=forget.rows,
+        memorize=divided["train"] + divided["test"],
     )
 
 
