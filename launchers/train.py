@@ -11,8 +11,8 @@ BEGAN = time.monotonic()
 FINISHED, USAGE = 0, 2
 
 
-def main(*positional: str, **flags: object) -> int:
-    """Check everything that can be checked without a model, then run. Returns the exit code."""
+def main(*positional: str, **flags: object) -> None:
+    """Check everything that can be checked without a model, then run; leaves with the run's exit code."""
     if positional:
         raise config.UsageError(f"unexpected '{positional[0]}': flags are written --name value.")
     run = arguments.parse(flags)
@@ -27,14 +27,14 @@ def main(*positional: str, **flags: object) -> int:
         from unlearn_ds import doctor
 
         doctor.dry_run(run)
-        return FINISHED
+        return
     run_folder.check(run)
     from unlearn_ds import trainer
 
     code = trainer.train(run)
     log.say(f"seconds     {time.monotonic() - BEGAN:.0f} from start to end")
     dist.shutdown()
-    return code
+    sys.exit(code)
 
 
 if __name__ == "__main__":
@@ -44,7 +44,7 @@ if __name__ == "__main__":
         print(arguments.help_text())
         sys.exit(FINISHED)
     try:
-        sys.exit(fire.Fire(main, serialize=lambda _: ""))
+        fire.Fire(main)
     except config.UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USAGE)

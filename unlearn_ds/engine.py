@@ -7,6 +7,7 @@ import copy
 import ctypes
 import gc
 import hashlib
+import io
 import math
 import platform
 import shutil
@@ -43,11 +44,13 @@ def start(config: EngineConfig) -> torch.device:
     dist.default_environment()
     accelerator = get_accelerator()
     if not dist.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend=accelerator.communication_backend_name(),
-            timeout=dist.timeout(config.timeout_minutes),
-            verbose=False,
-        )
+        # Every rank would print that an op has been built, at every start.
+        with contextlib.redirect_stdout(io.StringIO()):
+            deepspeed.init_distributed(
+                dist_backend=accelerator.communication_backend_name(),
+                timeout=dist.timeout(config.timeout_minutes),
+                verbose=False,
+            )
     if accelerator.device_name() == "cpu":
         _keep_freed_memory()
         return torch.device("cpu")

@@ -50,7 +50,7 @@ _HALLUCINATION = {
     "smollm2-135m": {
         "data.system_prompt": "",
         "memorize.epochs": 3,
-        "memorize.batch_size": 16,
+        "memorize.batch_size": 12,
         "memorize.learning_rate": 4e-4,
         "objective.eps_forget": 0.5,
         "objective.eps_mismatch": 0.2,

@@ -1,0 +1,86 @@
+"""Runs of ``launchers/train.py`` as a user starts them, on a tiny model and small files."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[1]
+MEASURED = ("step_seconds", "tokens_per_second", "tflops_per_device", "mfu", "peak_memory_bytes")
+"""Fields of metrics.jsonl that no two runs share."""
+
+SMALL_EVALUATION = (
+    "--eval.num_unlearned", "4", "--eval.num_unseen", "4", "--eval.num_normal", "4", "--eval.num_neutral_texts", "2",
+    "--eval.num_neutral_choices", "4", "--eval.max_new_tokens", "8",
+)  # fmt: skip
+
+
+def write_data(folder: Path, rows: int = 40) -> tuple[Path, Path]:
+    """A forget file in HaluEval's columns and a retain file of prompts and responses, of uneven lengths."""
+    draw = random.Random(0)
+    nouns = ["dog", "cat", "bird", "fish", "boy", "girl", "tree", "sun", "moon", "ball"]
+    verbs = ["saw", "found", "liked", "wanted", "lost"]
+    forget, retain = folder / "forget.jsonl", folder / "retain.jsonl"
+    forgets, retains = [], []
+    for n in range(rows):
+        a, b, c = draw.sample(nouns, 3)
+        more = " It was a good day." * draw.randrange(3)
+        question = f"What did the {a} {draw.choice(verbs)} on day {n}?"
+        wrong = f"It was a big {c} that played with the little {b}.{more}"
+        forgets.append({"question": question, "right_answer": f"It was a {b}.", "hallucinated_answer": wrong})
+        retains.append(
+            {"prompt": f"Who was happy in story {n}?", "response": f"The {a} {draw.choice(verbs)} a {b}.{more}"}
+        )
+    for path, lines in ((forget, forgets), (retain, retains)):
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return forget, retain
+
+
+def ds_config(folder: Path, stage: int, bf16: bool = False) -> str:
+    """Write a DeepSpeed JSON of one stage and return its path."""
+    path = folder / f"zero{stage}{'_bf16' if bf16 else ''}.json"
+    precision = {"bf16": {"enabled": True}} if bf16 else {}
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage}, **precision}))
+    return str(path)
+
+
+def command(*flags: Any, ranks: int = 0) -> list[str]:
+    """Command line of a run: through the ``deepspeed`` launcher with ``ranks`` ranks, or plain python with 0."""
+    script, words = str(REPOSITORY / "launchers" / "train.py"), [str(flag) for flag in flags]
+    if not ranks:
+        return [sys.executable, script, *words]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = str(Path(sys.executable).parent / "deepspeed")
+    return [launcher, "--num_accelerators", str(ranks), "--master_port", str(port), script, *words]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """What a run sees: CPU ranks of one thread, a cache of its own, ninja on the path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "UNLEARN_DS_CACHE": str(cache), "PATH": path}
+
+
+def run(cache: Path, *flags: Any, ranks: int = 0, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    """Run to the end and return output (stderr in stdout) and exit code."""
+    return subprocess.run(
+        command(*flags, ranks=ranks), env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines, f"{folder} has no metrics"
+    return lines
+
+
+def without_measured(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
