@@ -59,7 +59,7 @@ def command(*flags: Any, ranks: int = 0) -> list[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = str(Path(sys.executable).parent / "deepspeed")
-    return [launcher, "--num_accelerators", str(ranks), "--master_port", str(port), script, *words]
+    return [launcher, "--quiet", "--num_accelerators", str(ranks), "--master_port", str(port), script, *words]
 
 
 def environment(cache: Path) -> dict[str, str]:

@@ -43,7 +43,10 @@ class Evaluator:
         self._plain = Encoder(encoder.tokenizer, "none", max_length=encoder.max_length)
 
     @property
-    def judge_name(self) -> str:
+    def judge_name(self) -> str | None:
+        """The judge and its thresholds; None on ranks that do not judge."""
+        if self.judge is None:
+            return None
         floor = f", floor {self.judge.floor:g}" if self.judge.floor else ""
         return f"{self.judge.name}, margin {self.config.margin:.0%}{floor}"
 

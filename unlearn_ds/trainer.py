@@ -113,7 +113,7 @@ def memorized(
     The result is cached under a name made of everything that decides it: weights, rows, template and settings.
     """
     config = memorizing(config, len(data.memorize))
-    identity = [models.content_digest(path), repr(config.optim), repr(config.objective), str(config.seed)]
+    identity = [models.content_digest(path), repr(config.memorize), repr(config.objective), str(config.seed)]
     identity += [repr((encoder.template, encoder.system_prompt, encoder.max_length, ds_json.is_bf16(values)))]
     identity += [row.key for row in (*data.memorize, *data.normal["train"])]
     folder = embedded.cache_folder() / "memorized" / hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
