@@ -50,7 +50,6 @@ setup(
         "dev": ["pytest>=8", "ruff>=0.9", "mypy>=1.13", "build"],
     },
     classifiers=[
-        "License :: OSI Approved :: Apache Software License",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
     ],
