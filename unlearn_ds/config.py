@@ -115,7 +115,7 @@ class EvalConfig:
     num_neutral_choices: int = knob(140, "neutral multiple-choice questions")
     num_neutral_texts: int = knob(24, "neutral running texts")
     max_new_tokens: int = knob(32, "length of generated answers")
-    batch_size: int = knob(25, "prompts generated together")
+    batch_size: int = knob(40, "prompts generated together")
 
 
 @dataclass(frozen=True)

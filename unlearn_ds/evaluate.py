@@ -152,7 +152,7 @@ class Evaluator:
             parts = nll_N.double().cpu().split([len(row.answer_ids) for row in batch])
             return [(float(part.sum()), part.numel()) for part in parts]
 
-        return _over_ranks(rows, 16, len, synced, score)
+        return _over_ranks(rows, 48, len, synced, score)
 
 
 def _nll(scored: Sequence[tuple[float, int]]) -> dict[str, float]:
