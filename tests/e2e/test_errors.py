@@ -79,7 +79,8 @@ def test_too_many_unusable_rows_stop_the_run_and_are_written_down(tmp_path, tiny
 
 def test_forget_rows_without_right_answers_cannot_be_measured(tmp_path, tiny_model_dir):
     _, retain = write_data(tmp_path)
-    message = fails(tmp_path, "--model", tiny_model_dir, "--forget_data", retain, "--retain_data", retain, seconds=60)
+    flags = ["--model", tiny_model_dir, "--forget_data", retain, "--retain_data", retain]
+    message = fails(tmp_path, *flags, "--output_dir", tmp_path / "out", seconds=60)
     assert "right answer" in message
 
 
