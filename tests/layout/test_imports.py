@@ -55,7 +55,8 @@ def sources() -> dict[str, Path]:
     for prefix, root in roots.items():
         for path in sorted(root.rglob("*.py")):
             relative = path.relative_to(root).with_suffix("")
-            if prefix or relative.parts[0] != "kernels":
+            # Benchmarks are scripts that stand above the whole package, and the wheel leaves them out.
+            if (prefix and relative.parts[0] != "bench") or (not prefix and relative.parts[0] != "kernels"):
                 found[prefix + ".".join(relative.parts)] = path
     return {name.removesuffix(".__init__") if name != "__init__" else "": path for name, path in found.items()}
 
