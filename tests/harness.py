@@ -68,12 +68,30 @@ def environment(cache: Path) -> dict[str, str]:
     return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "UNLEARN_DS_CACHE": str(cache), "PATH": path}
 
 
+def start(cache: Path, *flags: Any, ranks: int = 0) -> subprocess.Popen[str]:
+    """Start a run; stderr goes to stdout."""
+    return subprocess.Popen(
+        command(*flags, ranks=ranks),
+        env=environment(cache),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    """Wait for a run and return its output and exit code; one that takes longer is killed."""
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, output)
+
+
 def run(cache: Path, *flags: Any, ranks: int = 0, timeout: int = 300) -> subprocess.CompletedProcess[str]:
     """Run to the end and return output (stderr in stdout) and exit code."""
-    return subprocess.run(
-        command(*flags, ranks=ranks), env=environment(cache), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, timeout=timeout, check=False,
-    )  # fmt: skip
+    return finish(start(cache, *flags, ranks=ranks), timeout)
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

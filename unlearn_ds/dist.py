@@ -43,11 +43,6 @@ def sums(values: Sequence[float], device: torch.device) -> list[float]:
     return tensor.tolist()
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """True on every rank when it is true on one."""
-    return sums([float(flag)], device)[0] > 0
-
-
 def gather_objects(value: Any) -> list[Any]:
     """The values of all ranks, in rank order, on every rank."""
     if world_size() == 1:
@@ -55,14 +50,6 @@ def gather_objects(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * world_size()
     torch_dist.all_gather_object(gathered, value)
     return gathered
-
-
-def interleave(parts: Sequence[Sequence[Any]]) -> list[Any]:
-    """Undo ``items[rank::world_size]``: rank-strided parts back to one list in the original order."""
-    merged: list[Any] = [None] * sum(len(part) for part in parts)
-    for offset, part in enumerate(parts):
-        merged[offset :: len(parts)] = part
-    return merged
 
 
 def default_environment() -> None:

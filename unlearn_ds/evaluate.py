@@ -19,9 +19,9 @@ from unlearn_ds.metrics.similarity import similarity_to_original
 from unlearn_ds.model import PackedCausalLM
 from unlearn_ds.registry import JUDGES, METRICS, resolve
 from unlearn_ds.scenarios import Scenario, ScenarioData
-from unlearn_ds.types import EncodedRow, Row
+from unlearn_ds.types import Answer, EncodedRow, Row
 
-Answers = dict[str, list[str]]
+Answers = dict[str, list[Answer]]
 """Generated answers of a model by set: unlearned, unseen, normal, neutral."""
 
 
@@ -59,38 +59,42 @@ class Evaluator:
         synced: weights are sharded, so every rank runs every batch count together.
         """
         began = time.perf_counter()
-        answers = self._generate_all(model, synced)
+        texts = self._generate_all(model, synced)
         scored = {name: self._score(model, self._encoded(name), synced) for name in ("unlearned", "unseen", "normal")}
-        texts = self._score(model, self._texts(), synced)
+        neutral = self._score(model, self._texts(), synced)
         flat = self._score(model, [row for item in self._choices() for row in item], synced)
         if not dist.is_main():
             return {}, {}
         result: dict[str, Any] = {"step": step}
+        answers: Answers = {name: [Answer(text) for text in texts[name]] for name in texts}
         for name in ("unlearned", "unseen"):
-            rated = self._rate(answers[name], self.rows[name], self.judge, self.config.margin)
-            result[name] = {**rated, "n": len(self.rows[name]), **_nll(scored[name]), **diversity(answers[name])}
-        normal = similarity_to_original(answers["normal"], (originals or answers)["normal"], self.judge)
+            rated, flagged = self._rate(texts[name], self.rows[name], self.judge, self.config.margin)
+            result[name] = {**rated, "n": len(self.rows[name]), **_nll(scored[name]), **diversity(texts[name])}
+            answers[name] = [Answer(*pair) for pair in zip(texts[name], flagged, strict=True)]
+        original = [answer.text for answer in (originals or answers)["normal"]]
         result["normal"] = {
             **_nll(scored["normal"]),
-            **normal,
-            **diversity(answers["normal"]),
+            **similarity_to_original(texts["normal"], original, self.judge),
+            **diversity(texts["normal"]),
             "n": len(self.rows["normal"]),
         }
-        result["neutral"] = {"perplexity": _nll(texts)["perplexity"], "n_texts": len(texts)}
+        result["neutral"] = {"perplexity": _nll(neutral)["perplexity"], "n_texts": len(neutral)}
         result["neutral"] |= self._accuracy(flat)
         result["seconds"] = round(time.perf_counter() - began, 2)
         return result, answers
 
-    def samples(self, before: Answers, after: Answers) -> list[dict[str, str]]:
-        """Each prompt with its answers before and after."""
+    def samples(self, before: Answers, after: Answers) -> list[dict[str, Any]]:
+        """Each prompt with its answers before and after, and which of them the headline metric counts."""
         return [
             {
                 "set": name,
                 "prompt": row.prompt,
                 "right": row.right_answers[0] if row.right_answers else ("" if name == "neutral" else row.answer),
                 "wrong": row.answer if name in ("unlearned", "unseen") else "",
-                "before": before[name][n],
-                "after": after[name][n],
+                "before": before[name][n].text,
+                "after": after[name][n].text,
+                "flagged_before": before[name][n].flagged,
+                "flagged_after": after[name][n].flagged,
             }
             for name, rows in self.rows.items()
             for n, row in enumerate(rows)
@@ -115,7 +119,7 @@ class Evaluator:
             for item in self.neutral.choices
         ]
 
-    def _generate_all(self, model: PackedCausalLM, synced: bool) -> Answers:
+    def _generate_all(self, model: PackedCausalLM, synced: bool) -> dict[str, list[str]]:
         """Greedy answers to the prompts of every set."""
         prompts = [(name, self.encoder.prompt_ids(row.prompt)) for name, rows in self.rows.items() for row in rows]
         with model.generating() as causal_lm:
@@ -123,7 +127,7 @@ class Evaluator:
                 [ids for _, ids in prompts], self.config.batch_size, len, synced,
                 lambda batch: self._generate(causal_lm, batch, synced),
             )  # fmt: skip
-        answers: Answers = {name: [] for name in self.rows}
+        answers: dict[str, list[str]] = {name: [] for name in self.rows}
         for (name, _), text in zip(prompts, texts, strict=True):
             answers[name].append(text)
         return answers

@@ -14,6 +14,7 @@ from typing import Any
 
 from unlearn_ds import __version__, dist, log
 from unlearn_ds.config import RunConfig, UsageError, fingerprint, to_dict
+from unlearn_ds.types import Answer
 
 _WRITTEN = ("config.json", "metrics.jsonl", "evaluation.json", "answers.jsonl", "rejected.jsonl", "report.html",
             "tensorboard", "checkpoints", "model", "run.json")  # fmt: skip
@@ -136,7 +137,7 @@ class EvaluationRecord:
             "before": None, "after": None, "history": [],
         }  # fmt: skip
 
-    def add(self, result: dict[str, Any], answers: list[dict[str, str]], name: str | None = None) -> None:
+    def add(self, result: dict[str, Any], answers: list[dict[str, Any]], name: str | None = None) -> None:
         """Append one evaluation to the history; ``name`` is "before" or "after" for those two."""
         earlier = [e for e in self.values["history"] if e["step"] < result["step"] or (name and e["step"] == 0)]
         self.values["history"] = [*earlier, result]
@@ -152,15 +153,15 @@ class EvaluationRecord:
         if dist.is_main():
             write_json(self._folder / "evaluation.json", self.values)
 
-    def restore(self) -> dict[str, list[str]]:
+    def restore(self) -> dict[str, list[Answer]]:
         """Take up the record of the run that is being resumed; returns its answers before unlearning by set."""
         path, answers = self._folder / "evaluation.json", self._folder / "answers.jsonl"
         if path.exists():
             self.values = json.loads(path.read_text(encoding="utf-8"))
-        before: dict[str, list[str]] = {}
+        before: dict[str, list[Answer]] = {}
         for line in answers.read_text(encoding="utf-8").splitlines() if answers.exists() else []:
             answer = json.loads(line)
-            before.setdefault(answer["set"], []).append(answer["before"])
+            before.setdefault(answer["set"], []).append(Answer(answer["before"], answer["flagged_before"]))
         return before
 
 

@@ -109,6 +109,13 @@ class ReferenceRows(NamedTuple):
     weight_VH: torch.Tensor
 
 
+class Answer(NamedTuple):
+    """A generated answer. ``flagged``: whether the headline metric counts it as the behaviour; None: not judged."""
+
+    text: str
+    flagged: bool | None = None
+
+
 class LossOutput(NamedTuple):
     """``loss``: scalar to call backward on. ``loss_N``: detached fp32 loss of each row (cross-entropy or KL)."""
 

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from harness import run, write_data
+from harness import finish, run, start, write_data
 
 pytestmark = pytest.mark.slow
 
 
-def fails(cache, *flags, seconds=30):
-    """Run, check the manner of the failure, and return the message."""
+def message(done):
+    """Check the manner of a failure and return its one line."""
+    assert "Traceback" not in done.stdout, done.stdout
+    assert done.returncode == 2, done.stdout
+    lines = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and lines[0].count("error: ") == 1, done.stdout
+    return lines[0]
+
+
+def fails(cache, *flags, seconds=10):
+    """A run that must fail within seconds, before torch is loaded."""
     began = time.monotonic()
     done = run(cache, *flags)
-    assert done.returncode == 2, done.stdout
     assert time.monotonic() - began < seconds
-    assert "Traceback" not in done.stdout
-    lines = [line for line in done.stdout.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    return lines[0]
+    return message(done)
 
 
 @pytest.mark.parametrize(
@@ -28,28 +35,59 @@ def fails(cache, *flags, seconds=30):
     [
         (["--scenario", "halucination"], "hallucination"),
         (["--learning_rat", "1"], "learning_rate"),
+        (["--optim.learning_rat", "1"], "optim.learning_rate"),
         (["--preset", "opt-1.3"], "opt-1.3b"),
         (["--ds_config", "zero33"], "zero3"),
         (["--max_steps", "many"], "whole number"),
+        (["--max_steps", "0"], "above 0"),
+        (["--eps_forget", "-1"], "negative"),
+        (["--eps_forget", "0", "--eps_mismatch", "0", "--eps_retain", "0"], "eps_"),
+        (["--reference", "copy"], "offload"),
         (["--forget_data", "nowhere.jsonl", "--retain_data", "nowhere.csv"], "no such file"),
+        (["--forget_data", "pminervini/HaluEval:qa"], "--retain_data"),
         (["--model", "./nowhere"], "no such folder"),
         (["surprise"], "surprise"),
     ],
 )
 def test_a_wrong_flag_is_told_with_the_nearest_right_one(tmp_path, flags, expected):
-    assert expected in fails(tmp_path, *flags, "--output_dir", tmp_path / "out", seconds=10)
+    assert expected in fails(tmp_path, *flags, "--output_dir", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
+def test_a_wrong_flag_is_told_once_on_two_ranks(tmp_path):
+    """The launcher hands the exit code on, and two ranks do not say the same twice."""
+    assert "learning_rate" in message(run(tmp_path, "--learning_rat", "1", ranks=2))
+
+
 @pytest.mark.parametrize(
-    ("values", "expected"),
-    [({"elasticity": {}}, "removed"), ({"gradient_clipping": 1.0}, "--gradient_clipping"),
-     ({"zero_optimization": {"stage": "auto"}}, "auto")],
-)  # fmt: skip
-def test_a_deepspeed_json_with_a_bad_key_is_refused(tmp_path, values, expected):
+    ("text", "expected"),
+    [
+        ({"elasticity": {}}, "removed"),
+        ({"zero_optimization": {"stage": 3, "mics_shard_size": 2}}, "mics_shard_size"),
+        ({"gradient_clipping": 1.0}, "--gradient_clipping"),
+        ({"train_batch_size": 8}, "--batch_size"),
+        ({"optimizer": {"type": "AdamW"}}, "--learning_rate"),
+        ({"zero_optimization": {"stage": "auto"}}, "auto"),
+        ({"zero_optimization": {"stage": 3, "overlap_com": True}}, "overlap_com"),
+        ({"zero_optimisation": {"stage": 3}}, "zero_optimization"),
+        ({"fp16": {"enabled": True}}, "bf16"),
+        ("{stage: 3}", "not valid JSON"),
+    ],
+)
+def test_a_deepspeed_json_with_a_bad_key_is_refused(tmp_path, text, expected):
+    """A misspelt key, which DeepSpeed would ignore or answer with a traceback, included."""
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps(values))
-    assert expected in fails(tmp_path, "--ds_config", path, seconds=10)
+    path.write_text(text if isinstance(text, str) else json.dumps(text))
+    assert expected in fails(tmp_path, "--ds_config", path, "--output_dir", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("kept", "expected"), [([], "config.json"), (["config.json"], "weights")])
+def test_a_folder_that_is_no_whole_model_is_refused(tmp_path, tiny_model_dir, kept, expected):
+    (tmp_path / "model").mkdir()
+    for name in kept:
+        shutil.copy(tiny_model_dir / name, tmp_path / "model" / name)
+    assert expected in fails(tmp_path, "--model", tmp_path / "model", "--output_dir", tmp_path / "out")
 
 
 def test_an_output_folder_of_another_run_is_left_alone(tmp_path):
@@ -57,35 +95,93 @@ def test_an_output_folder_of_another_run_is_left_alone(tmp_path):
     out.mkdir()
     (out / "config.json").write_text("{}")
     assert "--resume auto" in fails(tmp_path, "--output_dir", out)
-    (out / "config.json").rename(out / "notes.txt")
-    assert "no run of this program" in fails(tmp_path, "--output_dir", out, "--overwrite")
-    assert (out / "notes.txt").exists()
+    assert (out / "config.json").read_text() == "{}"
 
 
-def test_too_many_unusable_rows_stop_the_run_and_are_written_down(tmp_path, tiny_model_dir):
-    forget, retain = write_data(tmp_path)
-    with forget.open("a") as file:
-        file.writelines(
-            json.dumps({"question": "", "right_answer": "a", "hallucinated_answer": "b"}) + "\n" for _ in "12345678"
-        )
-    message = fails(
-        tmp_path, "--model", tiny_model_dir, "--forget_data", forget, "--retain_data", retain,
-        "--output_dir", tmp_path / "out", seconds=60,
-    )  # fmt: skip
-    assert "8 empty prompt" in message and "max_rejected" in message
-    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()]
-    assert [entry["reason"] for entry in rejected] == ["empty prompt"] * 8
+@pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume", "auto"]])
+def test_an_output_folder_with_foreign_files_is_left_alone(tmp_path, flags):
+    out = tmp_path / "out"
+    (out / "model").mkdir(parents=True)
+    (out / "notes.txt").write_text("mine")
+    assert "no run of this program" in fails(tmp_path, "--output_dir", out, *flags)
+    assert sorted(path.name for path in out.iterdir()) == ["model", "notes.txt"]
 
 
-def test_forget_rows_without_right_answers_cannot_be_measured(tmp_path, tiny_model_dir):
-    _, retain = write_data(tmp_path)
-    flags = ["--model", tiny_model_dir, "--forget_data", retain, "--retain_data", retain]
-    message = fails(tmp_path, *flags, "--output_dir", tmp_path / "out", seconds=60)
-    assert "right answer" in message
+def flags_of_late_mistakes(folder, model):
+    """Name -> flags of mistakes that only show once the data or the tokenizer has been read, on their own files."""
+    forget, retain = write_data(folder)
+    good = {"--model": model, "--forget_data": forget, "--retain_data": retain}
+
+    def forgetting(name, text):
+        path = folder / f"{name}.jsonl"
+        path.write_text(text)
+        return {"--forget_data": path}
+
+    unusable = json.dumps({"question": "", "right_answer": "a", "hallucinated_answer": "b"}) + "\n"
+    no_end = folder / "no_end"
+    shutil.copytree(model, no_end, copy_function=shutil.copyfile)
+    settings = json.loads((no_end / "tokenizer_config.json").read_text())
+    settings.pop("eos_token")
+    (no_end / "tokenizer_config.json").write_text(json.dumps(settings))
+    changes = {
+        "no_right_answers": {"--forget_data": retain},
+        "unreadable": forgetting("unreadable", '{"prompt": "a", \n nonsense'),
+        "empty": forgetting("empty", ""),
+        "unknown_columns": forgetting("unknown_columns", '{"foo": "a", "bar": "b"}\n'),
+        "rejected": forgetting("rejected", forget.read_text() + unusable * 8),
+        "everything_cut": {"--data.max_length": 3},
+        "attention": {"--attention": "flash"},
+        "no_end_token": {"--model": no_end},
+        "no_such_hub_model": {"--model": "nobody/no-such-model"},
+        "no_such_judge": {"--eval.judge_model": folder / "nowhere"},
+    }
+    return {
+        name: [word for pair in {**good, "--output_dir": folder / name / "out", **change}.items() for word in pair]
+        for name, change in changes.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def late(tmp_path_factory, tiny_model_dir):
+    """The folder of all late mistakes and the outcome of each, two runs side by side: each loads torch for seconds."""
+    folder = tmp_path_factory.mktemp("late")
+    flags = flags_of_late_mistakes(folder, tiny_model_dir)
+    with ThreadPoolExecutor(2) as pool:
+        done = pool.map(lambda name: finish(start(folder / name, *flags[name]), 120), flags)
+        return folder, dict(zip(flags, done, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("no_right_answers", "right answer"),
+        ("unreadable", "unreadable.jsonl"),
+        ("empty", "empty.jsonl"),
+        ("unknown_columns", "bar, foo"),
+        ("rejected", "8 empty prompt"),
+        ("everything_cut", "cut to nothing"),
+        ("attention", "--attention auto"),
+        ("no_end_token", "end-of-sequence"),
+        ("no_such_hub_model", "nobody/no-such-model"),
+        ("no_such_judge", "judge"),
+    ],
+)
+def test_what_only_shows_while_loading_is_told_in_one_line_too(late, name, expected):
+    assert expected in message(late[1][name])
+
+
+@pytest.mark.parametrize(("name", "count", "reason"), [("rejected", 8, "empty prompt"), ("everything_cut", 80, "cut")])
+def test_unusable_rows_are_written_down_before_the_run_stops(late, name, count, reason):
+    lines = (late[0] / name / "out" / "rejected.jsonl").read_text().splitlines()
+    assert len(lines) == count
+    assert all(reason in json.loads(line)["reason"] for line in lines)
 
 
 def test_help_and_dry_run_answer_without_training(tmp_path, tiny_model_dir):
     done = run(tmp_path, "--help")
-    assert done.returncode == 0 and "--forget_bound" in done.stdout
+    assert done.returncode == 0
+    for flag in ("--scenario", "--model", "--data", "--ds_config", "--output_dir", "--resume", "--max_steps",
+                 "--batch_size", "--learning_rate", "--eps_forget", "--forget_bound", "--eval.margin"):  # fmt: skip
+        assert f"{flag} " in done.stdout
     done = run(tmp_path, "--dry_run", "--model", tiny_model_dir, "--output_dir", tmp_path / "out")
     assert done.returncode == 0 and "memory plan" in done.stdout and not (tmp_path / "out").exists()

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
-import subprocess
 import time
 
 import pytest
-from harness import command, ds_config, environment, metrics, run, without_measured, write_data
+from harness import SMALL_EVALUATION, ds_config, finish, metrics, run, start, without_measured, write_data
 
 pytestmark = pytest.mark.slow
-STEPS = 8
+STEPS, SAVE_EVERY, STOP_AFTER = 12, 4, 5
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +20,9 @@ def flags(tmp_path_factory, tiny_model_dir):
     forget, retain = write_data(folder)
     return folder, [
         "--model", tiny_model_dir, "--forget_data", forget, "--retain_data", retain, "--max_steps", STEPS,
-        "--ds_config", ds_config(folder, 3, bf16=True), "--batch_size", 4, "--learning_rate", 1e-3, "--eval.enabled",
-        "false", "--log.tensorboard", "false", "--log.progress", "false",
+        "--ds_config", ds_config(folder, 3, bf16=True), "--batch_size", 4, "--learning_rate", 1e-3,
+        "--save_every", SAVE_EVERY, "--checkpoint.export", "false", "--log.tensorboard", "false",
+        "--log.progress", "false", *SMALL_EVALUATION,
     ]  # fmt: skip
 
 
@@ -29,57 +31,94 @@ def uninterrupted(flags):
     folder, common = flags
     done = run(folder / "cache", *common, "--output_dir", folder / "whole")
     assert done.returncode == 0, done.stdout
-    return metrics(folder / "whole")
+    assert checkpoints(folder / "whole") == [8, 12]
+    return folder / "whole"
 
 
 @pytest.fixture(scope="module")
 def stopped(flags):
-    """A run that got SIGTERM after its third step; returns its folder and output."""
+    """The folder of a run that got SIGTERM soon after its fifth step. Tests that resume take a copy."""
     folder, common = flags
     out = folder / "stopped"
-    process = subprocess.Popen(
-        command(*common, "--output_dir", out), env=environment(folder / "cache"), stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    process = start(folder / "cache", *common, "--output_dir", out)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
-        if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= 2:
+        if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= STOP_AFTER:
             process.send_signal(signal.SIGTERM)
             break
         time.sleep(0.01)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 75, output
+    done = finish(process)
+    assert done.returncode == 75, done.stdout
+    assert "--resume auto" in done.stdout and "Traceback" not in done.stdout
     return out
 
 
-def test_a_signal_ends_the_run_after_saving_and_resume_continues_bit_identically(flags, uninterrupted, stopped):
+@pytest.fixture
+def copy(stopped, tmp_path):
+    return shutil.copytree(stopped, tmp_path / "copy")
+
+
+def checkpoints(folder):
+    """Steps of the checkpoints that were written to the end."""
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in folder.glob("checkpoints/*/complete.json"))
+
+
+def evaluation(folder):
+    """``evaluation.json`` without the time it took."""
+    found = json.loads((folder / "evaluation.json").read_text())
+    for entry in (found["before"], found["after"] or {}, *found["history"]):
+        entry.pop("seconds", None)
+    return found
+
+
+def test_a_signal_ends_the_run_after_saving(stopped):
+    lines = metrics(stopped)
+    assert STOP_AFTER <= len(lines) < STEPS
+    assert checkpoints(stopped)[-1] == len(lines)
+    found = evaluation(stopped)
+    assert found["before"] and found["after"] is None
+    assert found["stop"]["exit_code"] == 75 and found["stop"]["step"] == len(lines)
+
+
+def test_resume_continues_bit_identically(flags, uninterrupted, copy):
     folder, common = flags
-    before = metrics(stopped)
-    assert 0 < len(before) < STEPS
-    assert [path.name for path in (stopped / "checkpoints").glob("step-*")] == [f"step-{len(before):06d}"]
-    # A checkpoint whose marker is missing was interrupted while it was written.
-    (stopped / "checkpoints" / "step-000099").mkdir()
-    done = run(folder / "cache", *common, "--output_dir", stopped, "--resume", "auto")
+    before = len(metrics(copy))
+    done = run(folder / "cache", *common, "--output_dir", copy, "--resume", "auto")
     assert done.returncode == 0, done.stdout
-    assert f"resume      after step {len(before)}" in done.stdout
-    assert without_measured(metrics(stopped)) == without_measured(uninterrupted)
+    assert f"resume      after step {before}" in done.stdout
+    assert without_measured(metrics(copy)) == without_measured(metrics(uninterrupted))
+    assert evaluation(copy) == evaluation(uninterrupted)
+    assert (copy / "answers.jsonl").read_text() == (uninterrupted / "answers.jsonl").read_text()
 
 
-def test_resuming_with_another_learning_rate_is_refused_by_name(flags, stopped):
+def test_a_checkpoint_that_was_not_written_to_the_end_is_passed_over(flags, uninterrupted, copy):
     folder, common = flags
-    done = run(folder / "cache", *common, "--learning_rate", 0.5, "--output_dir", stopped, "--resume", "auto")
-    assert done.returncode == 2
-    assert "optim.learning_rate" in done.stdout
+    older, newest = checkpoints(copy)
+    (copy / "checkpoints" / f"step-{newest:06d}" / "complete.json").unlink()
+    (copy / "checkpoints" / "step-000099").mkdir()
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": ')  # a line that a crash has cut
+    # What is measured and how often may change between a run and its continuation.
+    done = run(folder / "cache", *common, "--output_dir", copy, "--resume", "auto", "--eval.enabled", "false")
+    assert done.returncode == 0, done.stdout
+    assert f"resume      after step {older}" in done.stdout
+    assert without_measured(metrics(copy)) == without_measured(metrics(uninterrupted))
 
 
-def test_a_model_that_diverges_is_never_updated_and_ends_with_3(flags):
+def test_resuming_with_another_learning_rate_is_refused_by_name(flags, copy):
     folder, common = flags
-    out = folder / "diverged"
-    done = run(
-        folder / "cache", *common, "--ds_config", ds_config(folder, 0), "--output_dir", out, "--learning_rate", 1e18,
-        "--gradient_clipping", 0, "--warmup_ratio", 0, "--reference", "resident",
-    )  # fmt: skip
-    assert done.returncode == 3, done.stdout
-    lines = metrics(out)
-    assert [line["skipped"] for line in lines[-3:]] == [True] * 3
-    assert "not finite" in done.stdout and (out / "checkpoints").is_dir()
+    before = (copy / "config.json").read_text()
+    done = run(folder / "cache", *common, "--learning_rate", 0.5, "--output_dir", copy, "--resume", "auto")
+    assert done.returncode == 2, done.stdout
+    assert "optim.learning_rate" in done.stdout and "Traceback" not in done.stdout
+    assert (copy / "config.json").read_text() == before
+
+
+def test_resuming_with_another_number_of_ranks_is_refused(flags, copy):
+    folder, common = flags
+    before = (copy / "config.json").read_text()
+    done = run(folder / "cache", *common, "--output_dir", copy, "--resume", "auto", ranks=2)
+    assert "1 rank" in done.stdout and "has 2" in done.stdout
+    assert done.returncode == 2, done.stdout
+    assert "Traceback" not in done.stdout
+    assert (copy / "config.json").read_text() == before  # a refused run leaves the folder as it was

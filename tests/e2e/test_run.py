@@ -72,6 +72,11 @@ def test_the_exported_model_generates_what_the_last_evaluation_recorded(finished
     out = finished[0] / "out"
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 4 + 4 + 4 + 8
+    recorded = json.loads((out / "evaluation.json").read_text())
+    for name in ("unlearned", "unseen"):
+        for when in ("before", "after"):
+            flags = [answer[f"flagged_{when}"] for answer in answers if answer["set"] == name]
+            assert sum(flags) / len(flags) == recorded[when][name]["rate"]
     causal_lm = AutoModelForCausalLM.from_pretrained(out / "model", attn_implementation="sdpa")
     encoder = Encoder(model.load_tokenizer(str(out / "model")))
     evaluator = evaluate.Evaluator.__new__(evaluate.Evaluator)

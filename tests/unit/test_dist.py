@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 
-import pytest
 import torch
 
 from unlearn_ds import dist
@@ -13,17 +12,9 @@ CPU = torch.device("cpu")
 def test_without_a_process_group_there_is_one_rank():
     assert (dist.rank(), dist.world_size(), dist.is_main(), dist.is_initialized()) == (0, 1, True, False)
     assert dist.sums([1, 2.5], CPU) == [1.0, 2.5]
-    assert dist.any_rank(True, CPU) and not dist.any_rank(False, CPU)
     assert dist.gather_objects({"a": 1}) == [{"a": 1}]
     dist.barrier()
     dist.shutdown()
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
-@pytest.mark.parametrize("count", [0, 1, 4, 7])
-def test_interleave_undoes_strided_shares(world, count):
-    items = list(range(count))
-    assert dist.interleave([items[rank::world] for rank in range(world)]) == items
 
 
 def test_a_run_without_a_launcher_is_a_world_of_one_on_a_free_port(monkeypatch):

@@ -71,14 +71,10 @@ class Loader:
             if kind in needed and not there:
                 raise ValueError(f"the objective needs {kind} rows and there are none")
 
-    def normalizers(self, step: int) -> list[float]:
-        """What each term of step ``step`` is divided by: its sequences, or its response tokens, in the global batch."""
-        return self._normalizers(self.global_batch(step))
-
     def micro_batches(self, step: int) -> list[PackedBatch]:
         """The micro-batches of this rank in step ``step`` (0-based)."""
         units = self.global_batch(step)
-        divisors = self._normalizers(units)
+        divisors = self.normalizers(units)
         weights = [term.weight * self.layout.world_size for term in self.terms]  # DeepSpeed averages over ranks
         batches = []
         for part in range(self.layout.rank, self.layout.num_parts, self.layout.world_size):
@@ -89,7 +85,8 @@ class Loader:
             batches.append(pack(placed, self.terms))
         return batches
 
-    def _normalizers(self, parts: list[list[list[tuple[int, EncodedRow]]]]) -> list[float]:
+    def normalizers(self, parts: list[list[list[tuple[int, EncodedRow]]]]) -> list[float]:
+        """What each term is divided by: its sequences, or its response tokens, in the whole global batch."""
         divisors = [0.0] * len(self.terms)
         for term, row in (item for part in parts for unit in part for item in unit):
             divisors[term] += 1 if self.reduction == "sequence" else len(row.answer_ids)

@@ -17,8 +17,9 @@ higher_is_better = False
 
 def hallucination_rate(
     answers: Sequence[str], rows: Sequence[Row], judge: Any, margin: float = 0.1
-) -> dict[str, float]:
-    """``rate`` with the floor, ``rate_without_floor`` for the plain rule, ``empty`` share of empty answers.
+) -> tuple[dict[str, float], list[bool]]:
+    """``rate`` with the floor, ``rate_without_floor`` for the plain rule, ``right_rate``: share nearer to the right
+    answer and above the floor, ``empty`` share of empty answers; and which answers ``rate`` counts.
 
     Of several right answers the nearest counts. An empty answer is similar to nothing.
     """
@@ -32,9 +33,10 @@ def hallucination_rate(
     plain = [s and w > (1 + margin) * r for s, w, r in zip(said, wrong, right, strict=True)]
     flagged = [p and w >= judge.floor for p, w in zip(plain, wrong, strict=True)]
     total = max(1, len(rows))
-    return {
+    numbers = {
         "rate": sum(flagged) / total,
         "rate_without_floor": sum(plain) / total,
         "right_rate": sum(s and r >= judge.floor and r > w for s, w, r in zip(said, wrong, right, strict=True)) / total,
         "empty": 1 - sum(said) / total,
     }
+    return numbers, flagged

@@ -256,13 +256,13 @@ def test_sequence_reduction_weighs_every_sequence_alike_and_token_reduction_ever
 def test_normalizers_are_counts_over_the_whole_global_batch(world):
     options = {"num_mismatch": 2, "forget": 4, "retain": 3}
     sequence = make_loader(world=world, rank=world - 1, **options)
-    assert sequence.normalizers(0) == [4 * world, 8 * world, 3 * world]
+    assert sequence.normalizers(sequence.global_batch(0)) == [4 * world, 8 * world, 3 * world]
     token = make_loader(world=world, rank=world - 1, reduction="token", **options)
     counted = [0, 0, 0]
     for batch in global_batch(0, world, **options):
         for term, _, count, _ in sequences(batch):
             counted[term] += count
-    assert token.normalizers(0) == counted
+    assert token.normalizers(token.global_batch(0)) == counted
 
 
 # Terms that do not act
