@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .PHONY: train test setup lint clean
 
 train: setup
-	$(BIN)/deepspeed --quiet launchers/train.py --scenario $(SCENARIO) --overwrite $(ARGS)
+	$(BIN)/deepspeed --quiet launchers/train.py --scenario $(SCENARIO) $(if $(findstring --resume,$(ARGS)),,--overwrite) $(ARGS)
 
 test: setup
 	$(BIN)/python -m pytest -c tests/pytest.ini tests $(ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -44,7 +45,9 @@ if __name__ == "__main__":
         print(arguments.help_text())
         sys.exit(FINISHED)
     try:
-        fire.Fire(main)
+        # Values stay text until the type of their knob is known: Fire would make a tuple of "Sorry, no".
+        fire.Fire(fire.decorators.SetParseFn(str)(main))
     except config.UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once for all ranks of a machine
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(USAGE)

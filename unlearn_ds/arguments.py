@@ -6,6 +6,7 @@ valid ones. Precedence: defaults < preset < command line.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import types
 import typing
@@ -42,7 +43,7 @@ IGNORED = ("local_rank",)
 
 
 def parse(flags: Mapping[str, Any]) -> RunConfig:
-    """Build the configuration from flags as Python Fire hands them over (names without dashes, parsed values).
+    """Build the configuration from flags as Python Fire hands them over (names without dashes, values as typed text).
 
     Raises ``UsageError`` for an unknown flag, scenario or preset and for a value of the wrong type. Values are checked
     against each other and against the disk by ``config.check``, not here.
@@ -102,7 +103,7 @@ def _dotted(flag: str) -> str:
 
 
 def _coerce(name: str, value: Any) -> Any:
-    """Convert a value parsed by Fire to the type of its field; ``UsageError`` when it does not fit."""
+    """Convert a value to the type of its field; ``UsageError`` when it does not fit."""
     section, dot, field = name.partition(".")
     owner = sections()[section] if dot else RunConfig
     wanted = typing.get_type_hints(owner)[field if dot else section]
@@ -110,6 +111,11 @@ def _coerce(name: str, value: Any) -> Any:
     if value is None and type(None) in options:
         return None
     kind = next(option for option in options if option is not type(None))
+    if isinstance(value, str) and value == "None" and type(None) in options:
+        return None
+    if isinstance(value, str) and kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(value)
     if kind is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     if kind is int and isinstance(value, int) and not isinstance(value, bool):

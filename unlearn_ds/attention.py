@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from unlearn_ds.config import UsageError
+
 
 class Packing(NamedTuple):
     """Borders of the sequences of a stream: ``cu_seqlens`` int32 [S + 1], the longest length, and what scores need."""
@@ -31,7 +33,7 @@ def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: 
 
     return flash_attn_varlen_func(
         query, key, value, packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen,
-        softmax_scale=packing.scale, causal=True, softcap=packing.softcap or 0.0,
+        softmax_scale=packing.scale, causal=True, deterministic=True, softcap=packing.softcap or 0.0,
         window_size=(-1, -1) if packing.window is None else (packing.window - 1, 0),
     )  # fmt: skip
 
@@ -119,20 +121,22 @@ SHORT = 256
 ATTENTION: Mapping[str, Callable[..., torch.Tensor]] = {"flash": flash, "varlen": varlen, "flex": flex, "sdpa": sdpa}
 
 
-def resolve(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def resolve(name: str, device: torch.device, dtype: torch.dtype, softcap: bool = False) -> tuple[str, str]:
     """Return (implementation, reason). ``auto`` takes the fastest that works; a named one that cannot work raises.
 
-    Raises ``ValueError`` naming what is missing.
+    softcap: the model soft-caps its attention scores (Gemma 2). Raises ``UsageError`` naming what is missing.
     """
     missing = {
         "flash": _missing_flash(device, dtype),
-        "varlen": _missing_varlen(device, dtype),
+        "varlen": _missing_varlen(device, dtype) or ("cannot soft-cap scores" if softcap else None),
         "flex": None if device.type == "cuda" else "FlexAttention has no backward on " + device.type,
-        "sdpa": None,
+        "sdpa": "cannot soft-cap scores" if softcap else None,
     }
+    if all(missing.values()):
+        raise UsageError("no attention here can train this model: " + "; ".join(f"{k} {v}" for k, v in missing.items()))
     if name != "auto":
         if missing[name]:
-            raise ValueError(f"--attention {name} cannot be used: {missing[name]}. Use --attention auto.")
+            raise UsageError(f"--attention {name} cannot be used: {missing[name]}. Use --attention auto.")
         return name, "asked for"
     chosen = next(candidate for candidate in ATTENTION if missing[candidate] is None)
     skipped = "; ".join(f"not {candidate}: {reason}" for candidate, reason in missing.items() if reason)

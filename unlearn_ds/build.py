@@ -13,7 +13,7 @@ from unlearn_ds.config import RunConfig
 from unlearn_ds.data.encode import Encoder
 from unlearn_ds.data.loader import Layout, Loader, TrainingRows
 from unlearn_ds.reference import CachedReference, LiveReference, build_cache
-from unlearn_ds.registry import OBJECTIVES, resolve
+from unlearn_ds.registry import OBJECTIVES, REFERENCES, resolve
 from unlearn_ds.scenarios import ScenarioData
 from unlearn_ds.types import Row
 
@@ -25,9 +25,16 @@ def dtype_of(values: dict[str, Any]) -> torch.dtype:
     return torch.bfloat16 if ds_json.is_bf16(values) else torch.float32
 
 
+def resolve_attention(config: RunConfig, path: str, values: dict[str, Any], device: torch.device) -> tuple[str, str]:
+    """The attention of a run and why; ``UsageError`` when the one asked for cannot work here or for this model."""
+    options = models.load_config(path, config.model.revision).to_dict()
+    softcap = options.get("attn_logit_softcapping") is not None
+    return attention.resolve(config.model.attention, device, dtype_of(values), softcap)
+
+
 def load_model(config: RunConfig, path: str, values: dict[str, Any], device: torch.device) -> models.PackedCausalLM:
     """Load a model, sharded where the configuration says so, and wrap it for packed batches."""
-    name, _ = attention.resolve(config.model.attention, device, dtype_of(values))
+    name, _ = resolve_attention(config, path, values, device)
     with engine.sharded_loading(values):
         causal_lm = models.load_causal_lm(path, dtype_of(values), config.model.revision)
     model = models.PackedCausalLM(causal_lm, name, config.engine.loss_workspace_mib * 2**20)
@@ -36,7 +43,7 @@ def load_model(config: RunConfig, path: str, values: dict[str, Any], device: tor
 
 def policy(config: RunConfig, path: str, values: dict[str, Any], device: torch.device) -> engine.Policy:
     """The trained model on its engine."""
-    name, reason = attention.resolve(config.model.attention, device, dtype_of(values))
+    name, reason = resolve_attention(config, path, values, device)
     log.say(
         f"engine      ZeRO-{ds_json.stage(values)} on {dist.world_size()} x {device.type}, "
         f"{str(dtype_of(values)).removeprefix('torch.')}; attention: {name} ({reason})"
@@ -72,14 +79,30 @@ def reference(
     """The frozen reference of the KL term, made before the first step; None when the objective has no KL term."""
     if not any(term.loss == "kl" for term in batches.terms):
         return None
-    mode, device = config.engine.reference, trained.model.device
-    log.say(f"reference   {mode}")
-    weight_VH = trained.full_weight(trained.model.causal_lm.get_output_embeddings().weight)
-    if mode == "cached":
-        folder = embedded.cache_folder() / "reference" / trained.weights_digest()
-        # Before the first step the policy is the reference: no second model is ever loaded.
-        build_cache(folder, trained.hidden_rows, batches.rows.retain, device)
-        return CachedReference(folder, weight_VH)
-    reference_values = ds_json.for_reference(values, mode, trained.model.config.hidden_size)
-    model = load_model(config, path, reference_values, device)
-    return LiveReference(engine.ReferenceEngine(model, reference_values).hidden_rows, weight_VH)
+    log.say(f"reference   {config.engine.reference}")
+    return resolve("reference", config.engine.reference, REFERENCES)(config, path, values, trained, batches)
+
+
+def live_reference(
+    config: RunConfig, path: str, values: dict[str, Any], trained: engine.Policy, _: Loader
+) -> LiveReference:
+    """A second model on an engine of its own, its weights on the CPU or on the device."""
+    reference_values = ds_json.for_reference(values, config.engine.reference, trained.model.config.hidden_size)
+    model = load_model(config, path, reference_values, trained.model.device)
+    return LiveReference(engine.ReferenceEngine(model, reference_values).hidden_rows, _head(trained))
+
+
+def cached_reference(
+    config: RunConfig, path: str, values: dict[str, Any], trained: engine.Policy, batches: Loader
+) -> CachedReference:
+    """Hidden states on disk, computed by the policy, which is the reference before its first step."""
+    device = trained.model.device
+    made_by = f"{str(dtype_of(values)).removeprefix('torch.')}-{trained.model.attention_name}-{device.type}"
+    folder = embedded.cache_folder() / "reference" / f"{trained.weights_digest()}-{made_by}"
+    build_cache(folder, trained.hidden_rows, batches.rows.retain, device)
+    return CachedReference(folder, _head(trained))
+
+
+def _head(trained: engine.Policy) -> torch.Tensor:
+    """The LM head of the reference, whole: a copy of the policy's before its first step."""
+    return trained.full_weight(trained.model.causal_lm.get_output_embeddings().weight)

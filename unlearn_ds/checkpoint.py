@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from unlearn_ds import dist
+from unlearn_ds.config import UsageError
 
 _MARKER = "complete.json"
 
@@ -57,14 +58,14 @@ def complete(folder: Path) -> list[Path]:
 def load_newest(policy: Saved, folder: Path) -> dict[str, Any] | None:
     """Restore weights, optimizer, schedule and random states; return the trainer's state, None when there is nothing.
 
-    Raises ``ValueError`` when the checkpoint belongs to another number of ranks.
+    Raises ``UsageError`` when the checkpoint belongs to another number of ranks.
     """
     there = complete(folder)
     if not there:
         return None
     saved = json.loads((there[-1] / _MARKER).read_text())["world_size"]
     if saved != dist.world_size():
-        raise ValueError(
+        raise UsageError(
             f"{there[-1]} was written by {saved} ranks and this run has {dist.world_size()}: start it with {saved}."
         )
     state = policy.load_checkpoint(folder, there[-1].name)

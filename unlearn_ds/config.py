@@ -71,7 +71,7 @@ class ObjectiveConfig:
 class MemorizeConfig:
     enabled: bool | None = knob(None, "make the model show the behaviour first; default: only for the sample data")
     epochs: int = knob(3, "passes over the rows to memorise")
-    batch_size: int = knob(8, "rows of a micro-batch")
+    batch_size: int = knob(8, "rows of a step, all devices together")
     learning_rate: float = knob(1e-4, "peak learning rate of the memorising run")
     eps_retain: float = knob(0.3, "weight of normal rows in the memorising run, a quarter as many as forget rows")
 
@@ -104,7 +104,7 @@ class EngineConfig:
 @dataclass(frozen=True)
 class EvalConfig:
     enabled: bool = knob(True, "evaluate before and after")
-    gather: bool = knob(True, "gather all weights on each device for evaluation; false: leave them sharded (slow)")
+    gather: str = knob("auto", "a whole copy on each device for evaluation: always, never (slow), or auto: if it fits")
     every: int = knob(0, "also evaluate every N steps; 0: never")
     judge: str = knob("minilm", "similarity that decides whether an answer is hallucinated: minilm or bertscore")
     judge_model: str | None = knob(None, "model of the judge; default: the judge's own")
@@ -169,10 +169,22 @@ def replace(config: RunConfig, **changes: Any) -> RunConfig:
 def fingerprint(config: RunConfig) -> str:
     """Hash of everything that decides the numbers of a run; resuming under another fingerprint is refused.
 
-    Logging, evaluation cadence and checkpoint cadence may change between a run and its continuation.
+    Logging, evaluation cadence and checkpoint cadence may change between a run and its continuation. Local data and
+    DeepSpeed files count by content, not by path.
     """
-    kept = {k: v for k, v in to_dict(config).items() if k not in ("log", "checkpoint", "eval", "output_dir", "dry_run")}
+    kept = {k: v for k, v in to_dict(config).items() if k not in ("log", "checkpoint", "output_dir", "dry_run")}
+    kept["eval"] = {k: v for k, v in kept["eval"].items() if k not in ("every", "batch_size", "gather")}
+    for section, names in (("data", ("forget_data", "retain_data", "mismatch_data")), ("engine", ("ds_config",))):
+        kept[section] = {k: _content(v) if k in names else v for k, v in kept[section].items()}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _content(name: str | None) -> str | None:
+    path = Path(name).expanduser() if name else None
+    if path is None or not path.is_file():
+        return name
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def looks_like_file(name: str) -> bool:
@@ -193,9 +205,11 @@ def check(config: RunConfig) -> None:
     _check_choice("--data.template", config.data.template, ("auto", "chat", "paper", "none"))
     _check_choice("--reduction", config.objective.reduction, ("sequence", "token"))
     _check_choice("--schedule", config.optim.schedule, ("linear", "cosine", "constant"))
+    _check_choice("--eval.gather", config.eval.gather, ("auto", "always", "never"))
     _check_choice("--attention", config.model.attention, ("auto", "flash", "varlen", "flex", "sdpa"))
     _check_choice("--resume", config.checkpoint.resume, ("none", "auto"))
     _check_numbers(config)
+    _check_relations(config)
     _check_files(config)
 
 
@@ -213,6 +227,10 @@ def _check_numbers(config: RunConfig) -> None:
         "--eval.batch_size": config.eval.batch_size, "--eval.max_new_tokens": config.eval.max_new_tokens,
         "--memorize.epochs": config.memorize.epochs, "--memorize.batch_size": config.memorize.batch_size,
         "--checkpoint.keep": config.checkpoint.keep, "--engine.timeout_minutes": config.engine.timeout_minutes,
+        "--memorize.learning_rate": config.memorize.learning_rate, "--optim.adam_epsilon": optim.adam_epsilon,
+        "--eval.num_unlearned": config.eval.num_unlearned, "--eval.num_unseen": config.eval.num_unseen,
+        "--eval.num_normal": config.eval.num_normal, "--eval.num_neutral_texts": config.eval.num_neutral_texts,
+        "--eval.num_neutral_choices": config.eval.num_neutral_choices,
     }  # fmt: skip
     for flag, value in positive.items():
         if not (math.isfinite(value) and value > 0):
@@ -224,16 +242,30 @@ def _check_numbers(config: RunConfig) -> None:
         "--save_every": config.checkpoint.save_every, "--eval_every": config.eval.every,
         "--weight_decay": optim.weight_decay, "--data.max_rejected": config.data.max_rejected,
         "--retain_batch_size": optim.retain_batch_size, "--data.limit": config.data.limit,
+        "--eval.margin": config.eval.margin, "--memorize.eps_retain": config.memorize.eps_retain,
+        "--optim.adam_beta1": optim.adam_beta1, "--optim.adam_beta2": optim.adam_beta2,
     }  # fmt: skip
     for flag, value in not_negative.items():
         if not (math.isfinite(value) and value >= 0):
-            raise UsageError(
-                f"{flag} must not be negative; got {value}. The sign of the ascent is written in the code."
-            )
+            hint = " The sign of the ascent is written in the code." if flag.startswith("--eps") else ""
+            raise UsageError(f"{flag} must not be negative; got {value}.{hint}")
+    below_one = {
+        "--warmup_ratio": optim.warmup_ratio, "--optim.adam_beta1": optim.adam_beta1,
+        "--optim.adam_beta2": optim.adam_beta2,
+    }  # fmt: skip
+    for flag, value in below_one.items():
+        if value >= 1:
+            raise UsageError(f"{flag} must be below 1; got {value}.")
+
+
+def _check_relations(config: RunConfig) -> None:
+    objective = config.objective
+    if not (objective.eps_forget or objective.eps_mismatch or objective.eps_retain):
+        raise UsageError("--eps_forget, --eps_mismatch and --eps_retain are all 0: nothing would be trained.")
     if objective.eps_mismatch > 0 and objective.num_mismatch < 1:
         raise UsageError("--num_mismatch must be at least 1; to leave the mismatch term out, set --eps_mismatch 0.")
-    if optim.warmup_ratio >= 1:
-        raise UsageError(f"--warmup_ratio is a share of the steps, below 1; got {optim.warmup_ratio}.")
+    if config.checkpoint.overwrite and config.checkpoint.resume == "auto":
+        raise UsageError("--overwrite removes the run that --resume auto would go on with; give one of them.")
     if config.data.mismatch_data and config.data.mismatch_text:
         raise UsageError("--mismatch_data and --mismatch_text exclude each other; give one.")
 
@@ -256,3 +288,5 @@ def _check_files(config: RunConfig) -> None:
             raise UsageError(f"--model: no such folder: {model}")
         if not (folder / "config.json").exists():
             raise UsageError(f"--model: {model} holds no config.json, so it is not a saved Hugging Face model.")
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+            raise UsageError(f"--model: {model} holds no weights (*.safetensors or *.bin).")

@@ -41,21 +41,24 @@ def step_flops(size: ModelSize, num_tokens: int, num_response_tokens: int) -> fl
 
 def memory_plan(
     size: ModelSize, *, stage: int, world_size: int, bytes_per_weight: int, reference: str | None,
-    num_tokens: int, checkpointing: bool, workspace_bytes: int,
+    num_tokens: int, checkpointing: bool, workspace_bytes: int, offload_param: bool = False,
+    offload_optimizer: bool = False,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes on one device by use, before the first step. An estimate: allocators and libraries add to it.
 
     ZeRO divides optimizer states from stage 1, gradients from 2, weights from 3. A ``cached`` reference keeps only its
-    LM head, an ``offload``ed one lives in host memory. Activations: about 2 bytes x hidden x layers a token with
+    LM head, an ``offload``ed one lives in host memory, and so do weights and optimizer states that the JSON offloads.
+    Activations: about 2 bytes x hidden x layers a token with
     checkpointing, 34 without (Korthikanti et al., arXiv 2205.05198).
     """
     shard = [max(1, world_size) if stage >= least else 1 for least in (3, 2, 1)]
     mixed = bytes_per_weight < 4
     factor = 2 if checkpointing else 34
+    on_host = [" (host memory)" if offloaded else "" for offloaded in (offload_param, offload_optimizer)]
     plan = {
-        "weights": size.total * bytes_per_weight // shard[0],
+        f"weights{on_host[0]}": size.total * bytes_per_weight // shard[0],
         "gradients": size.total * bytes_per_weight // shard[1],
-        "optimizer (fp32 master, two moments)": size.total * (12 if mixed else 8) // shard[2],
+        f"optimizer, fp32 master and two moments{on_host[1]}": size.total * (12 if mixed else 8) // shard[2],
         "activations": factor * num_tokens * size.hidden_size * size.num_layers * bytes_per_weight // 2,
         "loss workspace and LM head gradient": workspace_bytes + size.head * (4 + bytes_per_weight),
     }
@@ -65,4 +68,6 @@ def memory_plan(
         plan["reference"] = size.total * bytes_per_weight // max(1, world_size)
     if reference == "offload":
         plan["reference (host memory)"] = size.total * bytes_per_weight // max(1, world_size)
+    if stage == 3:
+        plan["whole copy, while evaluating"] = size.total * bytes_per_weight
     return plan

@@ -24,6 +24,11 @@ def world_size() -> int:
     return torch_dist.get_world_size() if is_initialized() else 1
 
 
+def local_world_size() -> int:
+    """Ranks on this machine, as the launcher says; all of them when it does not."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world_size())
+
+
 def is_main() -> bool:
     """True on the one rank that writes files and talks to the user."""
     return rank() == 0

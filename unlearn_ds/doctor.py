@@ -27,9 +27,9 @@ def dry_run(config: RunConfig) -> None:
     plan = memory(config, values, size)
     log.say(f"memory plan of one device of {world_size()}, {size.total / 1e6:,.1f}M parameters:")
     for name, count in plan.items():
-        log.say(f"  {name:<40} {count / 2**30:9.2f} GiB")
-    on_device = sum(count for name, count in plan.items() if "host" not in name)
-    log.say(f"  {'on the device together':<40} {on_device / 2**30:9.2f} GiB")
+        log.say(f"  {name:<50} {count / 2**30:9.2f} GiB")
+    on_device = sum(count for name, count in plan.items() if "host" not in name and "while" not in name)
+    log.say(f"  {'on the device together while training':<50} {on_device / 2**30:9.2f} GiB")
 
 
 def memory(config: RunConfig, values: dict, size: cost.ModelSize) -> dict[str, int]:
@@ -43,8 +43,14 @@ def memory(config: RunConfig, values: dict, size: cost.ModelSize) -> dict[str, i
         bytes_per_weight=2 if ds_json.is_bf16(values) else 4,
         reference=config.engine.reference if any(term.loss == "kl" for term in terms) else None,
         num_tokens=rows * config.data.max_length, checkpointing=config.model.activation_checkpointing,
-        workspace_bytes=config.engine.loss_workspace_mib * 2**20,
+        workspace_bytes=config.engine.loss_workspace_mib * 2**20, offload_param=offloads(values, "offload_param"),
+        offload_optimizer=offloads(values, "offload_optimizer"),
     )  # fmt: skip
+
+
+def offloads(values: dict, section: str) -> bool:
+    """True when the DeepSpeed configuration keeps these states outside the device."""
+    return values.get("zero_optimization", {}).get(section, {}).get("device", "none") != "none"
 
 
 def world_size() -> int:

@@ -20,7 +20,10 @@ FOLDER = Path(__file__).parent / "ds_configs"
 OWNED = {
     "train_batch_size": "--batch_size", "train_micro_batch_size_per_gpu": "--batch_size",
     "gradient_accumulation_steps": "--gradient_accumulation_steps", "gradient_clipping": "--gradient_clipping",
-    "optimizer": "--learning_rate and --optim.*", "scheduler": "--schedule",
+    "optimizer": "--learning_rate and --optim.*", "scheduler": "--schedule", "steps_per_print": "--log.progress",
+    "zero_allow_untested_optimizer": "this program (true)", "zero_force_ds_cpu_optimizer": "this program (false)",
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": "this program (true)",
+    "activation_checkpointing": "--activation_checkpointing",
 }  # fmt: skip
 """Keys that flags of this project set, and the flags."""
 
@@ -32,6 +35,36 @@ REMOVED = {
     "zero_optimization.zeropp_loco_param": "0.19.7",
 }  # fmt: skip
 """Keys that DeepSpeed no longer knows, and a release without them."""
+
+
+KNOWN: Mapping[str, tuple[str, ...]] = {
+    "": (
+        "zero_optimization", "bf16", "fp16", "communication_data_type", "prescale_gradients",
+        "gradient_predivide_factor", "data_types", "aio", "comms_logger", "wall_clock_breakdown", "memory_breakdown",
+        "flops_profiler", "dump_state", "checkpoint", "disable_python_gc",
+    ),
+    "bf16": ("enabled", "check_grad_overflow", "immediate_grad_update", "bf16_master_weights_and_grads",
+             "bf16_optimizer_states"),
+    "zero_optimization": (
+        "stage", "contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "use_multi_rank_bucket_allreduce",
+        "allgather_partitions", "allgather_bucket_size", "overlap_comm", "load_from_fp32_weights", "offload_param",
+        "offload_optimizer", "sub_group_size", "round_robin_gradients", "ignore_unused_parameters",
+        "zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights",
+        "zero_quantized_gradients", "memory_efficient_linear", "leaf_module", "zenflow", "parameter_alignment",
+        "log_trace_cache_warnings", "enable_sanity_checks", "stage3_prefetch_bucket_size",
+        "stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters",
+        "stage3_max_reuse_distance", "stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params",
+        "stage3_allgather_sequential",
+    ),
+    "zero_optimization.offload_param": (
+        "device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory",
+    ),
+    "zero_optimization.offload_optimizer": (
+        "device", "nvme_path", "buffer_count", "pin_memory", "pipeline_read", "pipeline_write", "fast_init", "ratio",
+        "cpuadam_cores_perc", "super_offload",
+    ),
+}  # fmt: skip
+"""Keys that DeepSpeed reads and a run of this project may set, by section. It ignores others without a word."""
 
 
 def names() -> list[str]:
@@ -60,16 +93,8 @@ def load(name: str) -> dict[str, Any]:
 
 
 def check(values: Mapping[str, Any], path: str) -> None:
-    """Raise ``UsageError`` for a key that is removed, ours, "auto", or in conflict with another."""
-    for dotted, value in _walk(values):
-        if dotted in OWNED:
-            raise UsageError(f"{path}: '{dotted}' is set by {OWNED[dotted]}; remove it from the JSON.")
-        if dotted in REMOVED:
-            raise UsageError(f"{path}: DeepSpeed {REMOVED[dotted]} removed '{dotted}'; remove it from the JSON.")
-        if value == "auto":
-            raise UsageError(
-                f"{path}: '{dotted}' is \"auto\", which only the Hugging Face Trainer fills in; write a value."
-            )
+    """Raise ``UsageError`` for a key that is unknown, removed, ours, "auto", or in conflict with another."""
+    _check_keys(values, path)
     for section in ("fp16", "bf16", "zero_optimization"):
         if not isinstance(values.get(section, {}), dict):
             raise UsageError(f"{path}: '{section}' must be an object; got {values[section]!r}.")
@@ -77,6 +102,8 @@ def check(values: Mapping[str, Any], path: str) -> None:
         raise UsageError(
             f"{path}: fp16 overflows as the ascent grows the logits; use bf16, or no precision key for fp32."
         )
+    if values.get("bf16", {}).get("check_grad_overflow") is False:
+        raise UsageError(f"{path}: 'bf16.check_grad_overflow' false lets steps that are not finite through; remove it.")
     zero = values.get("zero_optimization", {})
     if zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UsageError(f"{path}: 'zero_optimization.stage' must be 0, 1, 2 or 3; got {zero!r}.")
@@ -84,6 +111,21 @@ def check(values: Mapping[str, Any], path: str) -> None:
         raise UsageError(
             f"{path}: 'zero_optimization.offload_param' needs stage 3; this file has {zero.get('stage', 0)}."
         )
+
+
+def _check_keys(values: Mapping[str, Any], path: str) -> None:
+    for dotted, value in _walk(values):
+        if dotted in OWNED:
+            raise UsageError(f"{path}: '{dotted}' is set by {OWNED[dotted]}; remove it from the JSON.")
+        if dotted in REMOVED:
+            raise UsageError(f"{path}: DeepSpeed {REMOVED[dotted]} removed '{dotted}'; remove it from the JSON.")
+        section, _, key = dotted.rpartition(".")
+        if section in KNOWN and key not in KNOWN[section]:
+            raise UsageError(f"{path}: unknown key '{dotted}'. {did_you_mean(key, KNOWN[section])}")
+        if value == "auto":
+            raise UsageError(
+                f"{path}: '{dotted}' is \"auto\", which only the Hugging Face Trainer fills in; write a value."
+            )
 
 
 def _walk(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -112,6 +154,8 @@ def for_policy(values: Mapping[str, Any], optim: OptimConfig, hidden_size: int) 
     merged["gradient_accumulation_steps"] = optim.gradient_accumulation_steps
     merged["gradient_clipping"] = optim.gradient_clipping
     merged["steps_per_print"] = 2**31 - 1
+    if is_bf16(values):
+        merged["bf16"]["check_grad_overflow"] = True
     # Our optimizer is torch's AdamW, wrapped: DeepSpeed only accepts that when told so, also with offload.
     merged["zero_allow_untested_optimizer"] = True
     merged["zero_force_ds_cpu_optimizer"] = False

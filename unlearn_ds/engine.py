@@ -9,6 +9,7 @@ import gc
 import hashlib
 import io
 import math
+import os
 import platform
 import shutil
 from collections.abc import Callable, Iterator
@@ -43,6 +44,9 @@ def start(config: EngineConfig) -> torch.device:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device."""
     dist.default_environment()
     accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        # Before the first collective: init_distributed binds the group to this device but does not select it.
+        accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         # Every rank would print that an op has been built, at every start.
         with contextlib.redirect_stdout(io.StringIO()):
@@ -54,7 +58,6 @@ def start(config: EngineConfig) -> torch.device:
     if accelerator.device_name() == "cpu":
         _keep_freed_memory()
         return torch.device("cpu")
-    accelerator.set_device(int(accelerator.current_device_name().split(":")[-1]))
     return torch.device(accelerator.current_device_name())
 
 
@@ -165,18 +168,25 @@ class Policy:
             return parameter.detach().clone()
 
     @contextlib.contextmanager
-    def evaluation_model(self, gather: bool = True) -> Iterator[tuple[PackedCausalLM, bool]]:
+    def evaluation_model(self, gather: str = "auto") -> Iterator[tuple[PackedCausalLM, bool]]:
         """The model for evaluation, and whether all ranks must call it in step.
 
-        Under ZeRO-3 with ``gather`` each rank holds a whole copy in the compute precision for the time being, and
-        evaluates its own prompts at its own pace; without, weights stay sharded and are gathered layer by layer.
+        Under ZeRO-3 with ``gather`` "always" each rank holds a whole copy in the compute precision for the time being,
+        and evaluates its own prompts at its own pace; with "never" weights stay sharded and are gathered layer by
+        layer. "auto" gathers where the copy takes at most half of the free memory of every rank.
         """
-        if self.stage != 3 or not gather:
+        if self.stage != 3 or gather == "never" or (gather == "auto" and not self._copy_fits()):
             self.engine.eval()
             yield self.model, self.stage == 3
             self.engine.train()
             return
         yield self._whole_copy().eval(), False
+
+    def _copy_fits(self) -> bool:
+        num_bytes = sum(p.ds_numel * p.element_size() for p in self.model.parameters())
+        sharing = dist.local_world_size() if self.model.device.type == "cpu" else 1
+        free = get_accelerator().available_memory() / sharing
+        return all(dist.gather_objects(num_bytes <= free / 2))
 
     def _whole_copy(self) -> PackedCausalLM:
         source = self.model.causal_lm
@@ -277,7 +287,7 @@ def export(policy: Policy, folder: Path, tokenizer: PreTrainedTokenizerBase, car
     """
     state = policy.consolidated_state_dict()
     if state is not None:
-        partial = folder.with_name(folder.name + ".partial")
+        partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")  # two runs may fill one cache
         shutil.rmtree(partial, ignore_errors=True)
         policy.model.causal_lm.save_pretrained(partial, state_dict=state)
         tokenizer.save_pretrained(partial)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -41,6 +42,12 @@ class Evaluator:
         self._rate = resolve("metric", scenario.headline, METRICS)
         # The neutral set is read as plain text: no template, no end token.
         self._plain = Encoder(encoder.tokenizer, "none", max_length=encoder.max_length)
+
+    @property
+    def metrics(self) -> dict[str, int]:
+        """Name and version of each metric: numbers of two versions are not to be compared."""
+        modules = {name: importlib.import_module(target.split(":")[0]) for name, target in METRICS.items()}
+        return {name: module.version for name, module in modules.items()}
 
     @property
     def judge_name(self) -> str | None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
+import time
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 
-_QUIET_LOGGERS = ("DeepSpeed", "transformers", "torch.distributed", "datasets", "sentence_transformers", "absl")
+_QUIET_LOGGERS = ("DeepSpeed", "transformers", "torch.distributed", "sentence_transformers", "absl")
 
 
 def quiet() -> None:
@@ -34,6 +36,8 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|deepspeed|transformers)\..*")
     for name in _QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    # It logs what it then raises, and we tell what it raised.
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)
 
 
 def is_main() -> bool:
@@ -136,12 +140,15 @@ class Progress:
 
 class StopSignal:
     """Once it watches, SIGTERM, SIGUSR1 and SIGINT are noted instead of obeyed: ``asked`` turns true, and the loop
-    ends its next step, saves and leaves. A second one acts as usual."""
+    ends its next step, saves and leaves. One more acts as usual once ``PATIENCE`` seconds have gone by: a signal to a
+    whole group of processes arrives twice, from the sender and handed on by the launcher."""
 
+    PATIENCE = 5.0
     _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
         self.asked = False
+        self._first = math.inf
 
     def watch(self) -> StopSignal:
         """Start to note signals, until the process ends."""
@@ -149,5 +156,7 @@ class StopSignal:
         return self
 
     def _note(self, number: int, _frame: object) -> None:
-        self.asked = True
-        signal.signal(number, self._before[number])
+        if time.monotonic() - self._first > self.PATIENCE:
+            signal.signal(number, self._before[number])
+            signal.raise_signal(number)
+        self.asked, self._first = True, min(self._first, time.monotonic())

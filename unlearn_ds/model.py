@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,21 +21,33 @@ from transformers import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from unlearn_ds import attention, ops
+from unlearn_ds.config import UsageError
 from unlearn_ds.cost import ModelSize
 from unlearn_ds.types import PackedBatch, ReferenceRows
 
 
 def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """Load a tokenizer and refuse one without an end-of-sequence token: an answer must be able to end."""
-    tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    with _told(path):
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {path} has no end-of-sequence token, so no answer could ever end")
+        raise UsageError(f"the tokenizer of {path} has no end-of-sequence token, so no answer could ever end")
     return tokenizer
 
 
 def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     """Load the architecture of a saved model without its weights."""
-    return AutoConfig.from_pretrained(path, revision=revision)
+    with _told(path):
+        return AutoConfig.from_pretrained(path, revision=revision)
+
+
+@contextlib.contextmanager
+def _told(path: str) -> Iterator[None]:
+    """Turn what the hub or a broken folder raises into one sentence."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model: {path} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def load_causal_lm(path: str, dtype: torch.dtype, revision: str | None = None) -> PreTrainedModel:
@@ -43,7 +56,8 @@ def load_causal_lm(path: str, dtype: torch.dtype, revision: str | None = None) -
     Under a live ZeRO-3 configuration (engine.py) every rank keeps only its partition. Dropout is switched off: with it
     the KL to the reference would be noise at the first step instead of 0.
     """
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision, attn_implementation="eager")
+    with _told(path):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, revision=revision, attn_implementation="eager")
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -53,12 +67,12 @@ def load_causal_lm(path: str, dtype: torch.dtype, revision: str | None = None) -
     return model
 
 
-def content_digest(path: str) -> str:
-    """Name of a saved model by the content of its weights and configuration; of a hub id by the id alone."""
+def content_digest(path: str, revision: str | None = None) -> str:
+    """Name of a saved model by the content of its weights and configuration; of a hub id by id and revision."""
     digest = hashlib.sha256()
     files = sorted(f for f in Path(path).glob("*") if f.suffix in (".safetensors", ".bin", ".json", ".jinja"))
     if not files:
-        return path
+        return f"{path}@{revision}"
     for file in files:
         with file.open("rb") as stream:
             digest.update(file.name.encode() + hashlib.file_digest(stream, "sha256").digest())
@@ -77,6 +91,13 @@ def size(config: PretrainedConfig) -> ModelSize:
         linear - head.weight.numel(), head.weight.numel(), total,
         text.num_hidden_layers, text.hidden_size, text.vocab_size,
     )  # fmt: skip
+
+
+_HARMLESS = {
+    "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "dropout", "position_ids", "is_causal",
+    "use_cache",
+}  # fmt: skip
+"""What transformers hands to an attention function besides what changes its result."""
 
 
 class LossHead(nn.Linear):
@@ -114,7 +135,8 @@ class PackedCausalLM(nn.Module):
         self.workspace_bytes = workspace_bytes
         head = causal_lm.get_output_embeddings()
         if type(head) not in (nn.Linear, LossHead) or head.bias is not None:
-            raise ValueError(f"the LM head of {type(causal_lm).__name__} is no plain linear layer without bias")
+            raise UsageError(f"the LM head of {type(causal_lm).__name__} is no plain linear layer without bias")
+        _check_layers(causal_lm.config)
         # The class changes, the module does not: parameters, names in the state dict and ZeRO-3's hooks stay.
         head.__class__ = LossHead
         causal_lm.set_attn_implementation(self._registered)
@@ -142,7 +164,7 @@ class PackedCausalLM(nn.Module):
         options = self.causal_lm.config.to_dict()
         return self.causal_lm.get_output_embeddings()(
             hidden_NH, batch, reference, workspace_bytes=self.workspace_bytes,
-            softcap=options.get("final_logit_softcapping"), logit_scale=options.get("logit_scale") or 1.0,
+            softcap=options.get("final_logit_softcapping"), logit_scale=_logit_scale(options),
         )  # fmt: skip
 
     @contextlib.contextmanager
@@ -164,11 +186,31 @@ class PackedCausalLM(nn.Module):
         self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
+def _logit_scale(options: dict[str, Any]) -> float:
+    """Factor on the logits: Cohere multiplies by ``logit_scale``, Granite divides by ``logits_scaling``."""
+    return (options.get("logit_scale") or 1.0) / (options.get("logits_scaling") or 1.0)
+
+
+def _check_layers(config: PretrainedConfig) -> None:
+    """Refuse layers that would carry state from one packed sequence into the next (convolutions, linear attention)."""
+    known = {"full_attention", "sliding_attention"}
+    other = set(getattr(config.get_text_config(), "layer_types", None) or ()) - known
+    if other:
+        raise UsageError(
+            f"{config.model_type} has layers of type {', '.join(sorted(other))}, which cannot be packed; attention "
+            "layers, full or sliding, can."
+        )
+
+
 def _register(name: str) -> str:
     """Make one of our packed attentions known to transformers and return the name it goes by there."""
     attend = attention.ATTENTION[name]
 
     def packed(module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, **kwargs):
+        unknown = [name for name in kwargs if name not in _HARMLESS and kwargs[name] is not None]
+        if unknown:
+            # Attention sinks, biases and the like change the result: better no training than another model's.
+            raise UsageError(f"{type(module).__name__} asks attention for {', '.join(unknown)}, which is not supported")
         packing = attention.Packing(kwargs["cu_seq_lens_q"], kwargs["max_length_q"], scaling, sliding_window, softcap)
         out_THD = attend(*(x[0].transpose(0, 1) for x in (query, key, value)), packing)
         return out_THD[None], None

@@ -35,9 +35,9 @@ JUDGES: Mapping[str, str] = {
 }
 
 REFERENCES: Mapping[str, str] = {
-    "offload": "unlearn_ds.reference:LiveReference",
-    "resident": "unlearn_ds.reference:LiveReference",
-    "cached": "unlearn_ds.reference:CachedReference",
+    "offload": "unlearn_ds.build:live_reference",
+    "resident": "unlearn_ds.build:live_reference",
+    "cached": "unlearn_ds.build:cached_reference",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ from unlearn_ds.config import RunConfig, UsageError, fingerprint, to_dict
 from unlearn_ds.types import Answer
 
 _WRITTEN = ("config.json", "metrics.jsonl", "evaluation.json", "answers.jsonl", "rejected.jsonl", "report.html",
-            "tensorboard", "checkpoints", "model", "run.json")  # fmt: skip
+            "tensorboard", "checkpoints", "model")  # fmt: skip
 """What a run writes; ``--overwrite`` removes this and nothing else."""
 
 
@@ -28,23 +29,39 @@ def check(config: RunConfig) -> None:
         raise UsageError(f"--output_dir: {folder} is a file.")
     if not folder.is_dir() or not any(folder.iterdir()):
         return
-    if not (folder / "config.json").exists():
+    earlier = _settings(folder)
+    if earlier is None:
         raise UsageError(
             f"--output_dir: {folder} holds files that no run of this program wrote; choose another folder."
         )
     if config.checkpoint.overwrite:
         return
-    earlier = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.checkpoint.resume != "auto":
         raise UsageError(
             f"--output_dir: {folder} holds another run. Go on with it by --resume auto, replace it by --overwrite, or "
             "choose another folder."
         )
-    if earlier.get("fingerprint") != fingerprint(config):
-        changed = ", ".join(_differences(earlier, to_dict(config)))
+    if earlier["fingerprint"] != fingerprint(config):
+        changed = ", ".join(_differences(earlier, to_dict(config))) or "the content of the data files"
         raise UsageError(
             f"--resume auto: {folder} was started with other values of {changed}; give the same, or another folder."
         )
+
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if earlier["world_size"] != ranks and any(folder.glob("checkpoints/*/complete.json")):
+        raise UsageError(
+            f"--resume auto: {folder} was written by {earlier['world_size']} rank(s) and this run has {ranks}: start "
+            f"it with {earlier['world_size']}."
+        )
+
+
+def _settings(folder: Path) -> dict[str, Any] | None:
+    """``config.json`` of an earlier run; None for a folder of something else, a saved model for example."""
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return settings if isinstance(settings, dict) and {"fingerprint", "world_size"} <= settings.keys() else None
 
 
 def _differences(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
@@ -55,7 +72,7 @@ def _differences(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "")
             found += _differences(before, value, f"{prefix}{key}.")
         elif key not in ("output_dir", "dry_run") and json.loads(json.dumps(value)) != before:
             found.append(prefix + key)
-    return [name for name in found if name.partition(".")[0] not in ("log", "checkpoint", "eval")] or found
+    return [name for name in found if name.partition(".")[0] not in ("log", "checkpoint")]
 
 
 def open_run(config: RunConfig, versions: dict[str, str]) -> Path:
@@ -75,7 +92,7 @@ def open_run(config: RunConfig, versions: dict[str, str]) -> Path:
 
 def _prepare(config: RunConfig, folder: Path, versions: dict[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    if config.checkpoint.overwrite and (folder / "config.json").exists():
+    if config.checkpoint.overwrite and _settings(folder):
         log.say(f"overwrite {folder}")
         for name in _WRITTEN:
             path = folder / name
@@ -165,8 +182,8 @@ class EvaluationRecord:
         return before
 
 
-def model_card(config: RunConfig, evaluation: dict[str, Any] | None) -> str:
-    """Markdown that tells what the exported model is and what was measured."""
+def model_card(config: RunConfig, evaluation: dict[str, Any] | None, template: str) -> str:
+    """Markdown that tells what the exported model is, in which form of the prompt, and what was measured."""
     lines = [
         "---", "library_name: transformers", "tags: [unlearning]", "---", "",
         f"# {Path(config.model.path).name}, unlearned: {config.scenario}", "",
@@ -174,6 +191,9 @@ def model_card(config: RunConfig, evaluation: dict[str, Any] | None) -> str:
         f"(weights {config.objective.eps_forget:g} / {config.objective.eps_mismatch:g} / "
         f"{config.objective.eps_retain:g}, learning rate {config.optim.learning_rate:g}), after Yao, Xu and Liu, "
         "Large Language Model Unlearning (arXiv 2310.10683).", "",
+        f"Unlearned and measured with the prompt template `{template}`"
+        + (f" and the system message {config.data.system_prompt!r}" if config.data.system_prompt is not None else "")
+        + "; other forms of the same prompt were not measured.", "",
     ]  # fmt: skip
     after = (evaluation or {}).get("after")
     if evaluation and after:

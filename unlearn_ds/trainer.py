@@ -50,6 +50,8 @@ def train(config: RunConfig) -> int:
     encoder = Encoder(tokenizer, config.data.template, config.data.system_prompt, config.data.max_length)
     data = scenario.load(config, encoder)
     report_data(config, data, encoder, folder)
+    evaluator = Evaluator(config.eval, scenario, data, encoder) if config.eval.enabled else None
+    build.resolve_attention(config, path, values, device)
     stop = log.StopSignal().watch()
     if config.memorize.enabled:
         path, outcome = memorized(config, path, values, encoder, data, device, stop)
@@ -60,9 +62,9 @@ def train(config: RunConfig) -> int:
     policy = build.policy(config, path, values, device)
     loader = build.loader(config, encoder, data, data.forget["train"])
     reference = build.reference(config, path, values, policy, loader)
-    evaluator = Evaluator(config.eval, scenario, data, encoder) if config.eval.enabled else None
     judge = evaluator.judge_name if evaluator else None
     record = run_folder.EvaluationRecord(folder, config.scenario, scenario.label, judge, bool(config.memorize.enabled))
+    record.values["metrics"] = evaluator.metrics if evaluator else {}
 
     run = Run(config, policy, loader, stop, reference, folder, evaluator, record)
     state = checkpoint.load_newest(policy, folder / "checkpoints") if config.checkpoint.resume == "auto" else None
@@ -77,7 +79,8 @@ def train(config: RunConfig) -> int:
     if outcome.exit_code == FINISHED:
         run.evaluate(outcome.step, "after")
         if config.checkpoint.export:
-            engine.export(policy, folder / "model", tokenizer, run_folder.model_card(config, record.values))
+            card = run_folder.model_card(config, record.values, encoder.template)
+            engine.export(policy, folder / "model", tokenizer, card)
     run_folder.main_only(report.write, folder)
     run_folder.main_only(say_results, folder, record.values)
     return outcome.exit_code
@@ -113,7 +116,10 @@ def memorized(
     The result is cached under a name made of everything that decides it: weights, rows, template and settings.
     """
     config = memorizing(config, len(data.memorize))
-    identity = [models.content_digest(path), repr(config.memorize), repr(config.objective), str(config.seed)]
+    # The global batch decides, not how many ranks share it.
+    batch = [dist.world_size() * rows for rows in (config.optim.batch_size, config.optim.retain_batch_size)]
+    identity = [models.content_digest(path, config.model.revision), repr(config.memorize), repr(config.objective)]
+    identity += [repr(batch), str(config.seed)]
     identity += [repr((encoder.template, encoder.system_prompt, encoder.max_length, ds_json.is_bf16(values)))]
     identity += [row.key for row in (*data.memorize, *data.normal["train"])]
     folder = embedded.cache_folder() / "memorized" / hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
@@ -136,14 +142,15 @@ def memorized(
 def memorizing(config: RunConfig, num_rows: int) -> RunConfig:
     """The configuration of the memorising run: plain fine-tuning for whole passes over ``num_rows`` rows."""
     memorize = config.memorize
+    per_rank = math.ceil(memorize.batch_size / dist.world_size())
     return dataclasses.replace(
         config,
         objective=ObjectiveConfig(name="memorize", eps_forget=1.0, eps_retain=memorize.eps_retain),
         optim=OptimConfig(
             learning_rate=memorize.learning_rate,
-            max_steps=memorize.epochs * math.ceil(num_rows / (memorize.batch_size * dist.world_size())),
-            batch_size=memorize.batch_size,
-            retain_batch_size=max(1, memorize.batch_size // 4),
+            max_steps=memorize.epochs * math.ceil(num_rows / (per_rank * dist.world_size())),
+            batch_size=per_rank,
+            retain_batch_size=math.ceil(memorize.batch_size / 4 / dist.world_size()),
         ),
         checkpoint=CheckpointConfig(),
     )

@@ -1,11 +1,12 @@
 """One optimizer step of this project against the published algorithm done plainly, paired, each in its own process.
 
-    python kernels/bench/step.py [--forget 8] [--num_mismatch 5] [--pairs 3] [--precision fp32] [--output FILE.csv]
+    python kernels/bench/step.py [--forget 8] [--num_mismatch 5] [--pairs 3] [--plain fp32] [--ours bf16]
+                                 [--activation_checkpointing] [--output FILE.csv]
 
 Plain: three right-padded forwards (forget, K mismatch answers, retain) with logits of every position in fp32, a KL as
-the published code writes it, a resident copy as reference, torch's AdamW. Ours: the engine, the packed batch and the
-fused loss as a run uses them, ZeRO-3 with the reference offloaded. Same rows, same model, same machine. Reported:
-forget rows a second and peak memory of the process, and their ratios pair by pair.
+the published code writes it, a resident copy as reference, torch's AdamW, in fp32 as published. Ours: the engine, the
+packed batch and the fused loss as a run uses them, ZeRO-3 with the reference offloaded. Same rows, same model, same
+machine. Reported: forget rows a second and peak memory of the process, and their ratios pair by pair.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ def main() -> None:
     parser.add_argument("--forget", type=int, default=8, help="forget rows a step; as many retain rows")
     parser.add_argument("--num_mismatch", type=int, default=5, help="mismatch answers for each forget row")
     parser.add_argument("--pairs", type=int, default=3, help="pairs of processes")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the plain side; ours is bf16")
+    parser.add_argument("--plain", choices=("fp32", "bf16"), default="fp32", help="precision of the plain side")
+    parser.add_argument("--ours", choices=("fp32", "bf16"), default="bf16", help="precision of our side")
+    parser.add_argument("--activation_checkpointing", action="store_true", help="of our side")
     parser.add_argument("--output", help="CSV file for the results")
     options = parser.parse_args()
     if options.which:
@@ -66,7 +69,9 @@ def compare(options: argparse.Namespace) -> None:
     )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
     print(f"median of {len(lines)} pairs: {rows:.2f} x rows a second, {memory:.2f} x peak memory; torch "
-          f"{torch.__version__}, {device}, {options.forget} forget rows, K={options.num_mismatch}")  # fmt: skip
+          f"{torch.__version__}, {device}, {options.forget} forget rows, K={options.num_mismatch}, "
+          f"ours {options.ours}{' with activation checkpointing' * options.activation_checkpointing}, "
+          f"plain {options.plain}")  # fmt: skip
     if options.output:
         with open(options.output, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(lines[0]))
@@ -77,7 +82,9 @@ def compare(options: argparse.Namespace) -> None:
 def side(which: str, options: argparse.Namespace) -> dict[str, float]:
     """One side in a process of its own."""
     command = [sys.executable, __file__, "--which", which, "--forget", str(options.forget),
-               "--num_mismatch", str(options.num_mismatch), "--precision", options.precision]  # fmt: skip
+               "--num_mismatch", str(options.num_mismatch), "--plain", options.plain,
+               "--ours", options.ours]  # fmt: skip
+    command += ["--activation_checkpointing"] * options.activation_checkpointing
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -91,8 +98,10 @@ def sample_rows(options: argparse.Namespace):
     from unlearn_ds.registry import SCENARIOS, resolve
 
     config = arguments.parse({
-        "batch_size": options.forget, "num_mismatch": options.num_mismatch, "forget_bound": 0.0, "max_steps": 100,
-        "eps_forget": 0.5, "eps_mismatch": 1.0, "eps_retain": 1.0, "learning_rate": 2e-6, "gradient_clipping": 1.0,
+        "batch_size": options.forget, "retain_batch_size": options.forget, "num_mismatch": options.num_mismatch,
+        "forget_bound": 0.0, "max_steps": 100,
+        "eps_forget": 0.5, "eps_mismatch": 1.0, "eps_retain": 1.0, "learning_rate": 2e-6, "gradient_clipping": 0.0,
+        "activation_checkpointing": options.activation_checkpointing,
     })  # fmt: skip
     path = embedded.locate(config.model.path)
     encoder = Encoder(model.load_tokenizer(path), config.data.template, config.data.system_prompt)
@@ -120,7 +129,7 @@ def ours(options: argparse.Namespace) -> float:
 
     device = engine.start(engine.EngineConfig())
     config, path, loader = sample_rows(options)
-    values = ds_json.load("zero3")
+    values = ds_json.load("zero3" if options.ours == "bf16" else "zero3_fp32")
     policy = build.policy(config, path, values, device)
     reference = build.reference(config, path, values, policy, loader)
 
@@ -139,7 +148,7 @@ def plain(options: argparse.Namespace) -> float:
 
     config, path, loader = sample_rows(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if options.precision == "fp32" else torch.bfloat16
+    dtype = torch.float32 if options.plain == "fp32" else torch.bfloat16
     model, reference = (AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device) for _ in range(2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-6)
 

@@ -59,7 +59,7 @@ def test_configuration_and_command_line_need_no_torch(repository):
         {"log.tensorboard": False},
         {"log.progress": False},
         {"eval.every": 5},
-        {"eval.num_unlearned": 3},
+        {"eval.gather": "never"},
         {"checkpoint.save_every": 7},
         {"checkpoint.resume": "auto"},
         {"output_dir": "elsewhere"},
@@ -92,6 +92,14 @@ def test_the_fingerprint_ignores_what_does_not_decide_the_numbers(changes):
 )
 def test_the_fingerprint_changes_with_what_decides_the_numbers(changes):
     assert fingerprint(replace(CONFIG, **changes)) != fingerprint(CONFIG)
+
+
+def test_the_fingerprint_follows_the_content_of_local_files_and_not_their_place(tmp_path):
+    def of(name, text):
+        (tmp_path / name).write_text(text)
+        return fingerprint(replace(CONFIG, **{"data.forget_data": str(tmp_path / name)}))
+
+    assert of("a.jsonl", "one") == of("b.jsonl", "one") != of("a.jsonl", "two")
 
 
 def test_the_fingerprint_is_the_same_in_another_process(repository):
@@ -129,13 +137,19 @@ BAD = [
     ({"memorize.epochs": 0}, "--memorize.epochs must be above 0"),
     ({"memorize.batch_size": 0}, "--memorize.batch_size must be above 0"),
     ({"checkpoint.keep": 0}, "--checkpoint.keep must be above 0"),
+    ({"objective.eps_forget": 0.0, "objective.eps_mismatch": 0.0, "objective.eps_retain": 0.0}, "are all 0"),
+    ({"checkpoint.overwrite": True, "checkpoint.resume": "auto"}, "--overwrite removes the run"),
+    ({"eval.num_normal": 0}, "--eval.num_normal must be above 0"),
+    ({"eval.gather": "false"}, "--eval.gather must be one of auto, always, never"),
+    ({"eval.margin": -0.1}, "--eval.margin must not be negative"),
+    ({"optim.adam_beta1": 1.0}, "--optim.adam_beta1 must be below 1"),
     ({"objective.eps_forget": -1.0}, "--eps_forget must not be negative.*sign of the ascent"),
     ({"objective.eps_mismatch": -1.0}, "--eps_mismatch must not be negative"),
     ({"objective.eps_retain": float("nan")}, "--eps_retain must not be negative"),
     ({"objective.forget_bound": -1.0}, "--forget_bound must not be negative"),
     ({"optim.gradient_clipping": -1.0}, "--gradient_clipping must not be negative"),
     ({"optim.warmup_ratio": -0.1}, "--warmup_ratio must not be negative"),
-    ({"optim.warmup_ratio": 1.0}, "--warmup_ratio is a share of the steps, below 1"),
+    ({"optim.warmup_ratio": 1.0}, "--warmup_ratio must be below 1"),
     ({"optim.weight_decay": -0.1}, "--weight_decay must not be negative"),
     ({"optim.retain_batch_size": -1}, "--retain_batch_size must not be negative"),
     ({"checkpoint.save_every": -1}, "--save_every must not be negative"),
@@ -187,6 +201,9 @@ def test_a_model_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(UsageError, match="holds no config.json"):
         check(replace(CONFIG, **{"model.path": str(tmp_path)}))
     (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="holds no weights"):
+        check(replace(CONFIG, **{"model.path": str(tmp_path)}))
+    (tmp_path / "model.safetensors").touch()
     check(replace(CONFIG, **{"model.path": str(tmp_path)}))
 
 

@@ -164,3 +164,42 @@ def test_the_reference_is_sharded_without_optimizer_in_the_policys_precision(nam
     else:
         assert "offload_param" not in zero
     ds_json.check({k: v for k, v in merged.items() if k not in ds_json.OWNED}, "reference")
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"zero_optimisation": {"stage": 3}}, "unknown key 'zero_optimisation'.*'zero_optimization'"),
+        ({"bf61": {"enabled": True}}, "unknown key 'bf61'.*'bf16'"),
+        ({"zero_optimization": {"stage": 3, "overlap_com": True}}, "'zero_optimization.overlap_com'.*'overlap_comm'"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"devise": "cpu"}}}, "offload_param.devise'.*'device'"),
+        ({"bf16": {"enabled": True, "check_grad_overflow": False}}, "not finite through"),
+    ],
+)  # fmt: skip
+def test_a_misspelt_or_harmful_key_is_refused(values, expected):
+    with pytest.raises(UsageError, match=expected):
+        ds_json.check(values, "mine.json")
+
+
+def test_the_keys_that_we_know_are_keys_of_the_installed_deepspeed():
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+
+    models = {
+        "bf16": DeepSpeedBF16Config, "zero_optimization": DeepSpeedZeroConfig,
+        "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
+        "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+    }  # fmt: skip
+    assert set(models) == set(ds_json.KNOWN) - {""}
+    for section, model in models.items():
+        there = {name for key, field in model.model_fields.items() for name in (key, field.alias)}
+        assert set(ds_json.KNOWN[section]) <= there
+
+
+def test_steps_that_are_not_finite_are_looked_for_in_bf16_whatever_the_json_says():
+    values = {"bf16": {"enabled": True}}
+    assert ds_json.for_policy(values, OptimConfig(), 64)["bf16"]["check_grad_overflow"] is True

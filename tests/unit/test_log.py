@@ -47,7 +47,7 @@ def test_without_a_folder_and_on_other_ranks_nothing_is_written(tmp_path, monkey
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_the_first_signal_is_noted_and_the_second_acts(number):
+def test_a_signal_and_its_echo_are_noted_and_a_later_one_acts(number, monkeypatch):
     def act(*_):
         raise InterruptedError
 
@@ -58,6 +58,8 @@ def test_the_first_signal_is_noted_and_the_second_acts(number):
         assert not stop.asked
         os.kill(os.getpid(), number)
         assert stop.asked
+        os.kill(os.getpid(), number)  # the same signal once more, from the launcher
+        monkeypatch.setattr(log.StopSignal, "PATIENCE", -1.0)
         with pytest.raises(InterruptedError):
             os.kill(os.getpid(), number)
             signal.getsignal(number)

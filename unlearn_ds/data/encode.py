@@ -89,13 +89,7 @@ class Encoder:
 
     def keep_encodable(self, source: Source) -> None:
         """Move rows whose answer is cut to nothing from a source's rows to its rejected ones."""
-        kept: list[Row] = []
-        for index, row in enumerate(source.rows):
-            if self.encode(row.prompt, row.answer) is None:
-                source.reject(index, "answer cut to nothing", row.prompt)
-            else:
-                kept.append(row)
-        source.rows[:] = kept
+        source.keep("answer cut to nothing", lambda row: self.encode(row.prompt, row.answer) is not None)
 
     def encode_all(self, rows: Iterable[Row]) -> list[EncodedRow]:
         """Encode rows that ``keep_encodable`` has let through."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from unlearn_ds.config import UsageError
 from unlearn_ds.data.packing import Placed, pack
 from unlearn_ds.types import EncodedRow, PackedBatch, Term
 
@@ -69,7 +70,7 @@ class Loader:
         }  # mismatch answers follow its prompts
         for kind, there in (("forget", rows.forget), ("mismatch", rows.mismatch_answers), ("retain", rows.retain)):
             if kind in needed and not there:
-                raise ValueError(f"the objective needs {kind} rows and there are none")
+                raise UsageError(f"the objective needs {kind} rows and there are none")
 
     def micro_batches(self, step: int) -> list[PackedBatch]:
         """The micro-batches of this rank in step ``step`` (0-based)."""

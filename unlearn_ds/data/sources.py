@@ -93,6 +93,13 @@ class Source:
     def reject(self, index: int, reason: str, prompt: Any) -> None:
         self.rejected.append({"source": self.name, "row": index, "reason": reason, "prompt": str(prompt)[:200]})
 
+    def keep(self, reason: str, usable: Callable[[Row], bool]) -> None:
+        """Reject the rows that are not usable, for one reason."""
+        for index, row in enumerate(self.rows):
+            if not usable(row):
+                self.reject(index, reason, row.prompt)
+        self.rows = [row for row in self.rows if usable(row)]
+
     def describe(self) -> str:
         """One line for the log: name, schema, counts by reason."""
         counts = Counter(entry["reason"] for entry in self.rejected)
@@ -116,7 +123,7 @@ def read(name: str, kind: str, columns: tuple[str, ...] = ()) -> Source:
     for index, record in enumerate(records):
         prompt, answer, right = convert(record)
         text = _text(prompt)
-        rights = tuple(filter(None, (_text(r) for r in ([right] if isinstance(right, str) else right or []))))
+        rights = tuple(filter(None, map(_text, right if isinstance(right, (list, tuple)) else [right])))
         row = Row(text, _text(answer), rights, content_key(text, _text(answer)))
         reason = _unusable(row, schema.is_running_text, seen)
         if reason:
@@ -151,6 +158,8 @@ def _records(name: str) -> datasets.Dataset:
     try:
         if looks_like_file(name):
             path = Path(name).expanduser()
+            if not path.stat().st_size:
+                raise UsageError(f"{name} is empty.")
             reader = _READERS[path.suffix.lower()]
             options = dict(_READER_OPTIONS[reader])
             if reader == "csv":
@@ -159,12 +168,13 @@ def _records(name: str) -> datasets.Dataset:
         hub_id, _, config = name.partition(":")
         splits = datasets.load_dataset(hub_id, config or None)
         return splits["train"] if "train" in splits else splits[next(iter(splits))]
+    except UsageError:
+        raise
     except Exception as error:
         cause = error.__cause__ or error
         hint = "" if looks_like_file(name) else f" A local file ends in {', '.join(DATA_SUFFIXES)}."
-        raise UsageError(
-            f"cannot read {name}: {type(cause).__name__}: {str(cause).splitlines()[0][:300]}.{hint}"
-        ) from error
+        reason = str(cause).partition("\n")[0][:300]
+        raise UsageError(f"cannot read {name}: {type(cause).__name__}: {reason}.{hint}") from error
 
 
 def _text_columns(path: Path) -> datasets.Features:
@@ -217,9 +227,14 @@ def check_rejected(sources: Iterable[Source], largest_share: float) -> None:
     for source in sources:
         share = len(source.rejected) / max(1, len(source.rejected) + len(source.rows))
         if share > largest_share or not source.rows:
+            hint = (
+                " Name the column of the right answers as the third of --forget_columns."
+                if any(entry["reason"] == "no right answer" for entry in source.rejected)
+                else ""
+            )
             raise UsageError(
                 f"{source.describe()}. {share:.0%} of the rows are unusable, more than --data.max_rejected "
-                f"{largest_share:g}; rejected.jsonl in the output folder names each."
+                f"{largest_share:g}; rejected.jsonl in the output folder names each.{hint}"
             )
 
 

@@ -23,7 +23,11 @@ class SentenceEmbeddingJudge:
         from sentence_transformers import SentenceTransformer
 
         self.name = model or "all-MiniLM-L6-v2"
-        self._model = SentenceTransformer(model or _packaged_minilm(), device="cpu")
+        try:
+            self._model = SentenceTransformer(model or _packaged_minilm(), device="cpu")
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UsageError(f"--eval.judge_model: the judge {self.name} cannot be loaded: {reason}") from error
 
     def similarity(self, left: Sequence[str], right: Sequence[str]) -> list[float]:
         """Cosine of each pair, in [-1, 1]."""

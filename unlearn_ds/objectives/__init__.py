@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from unlearn_ds.config import ObjectiveConfig
+from unlearn_ds.config import ObjectiveConfig, UsageError
 from unlearn_ds.types import Term
 
 
 def active(terms: Iterable[Term]) -> list[Term]:
-    """The terms that act; ``ValueError`` when none does."""
+    """The terms that act; ``UsageError`` when none does."""
     kept = [term for term in terms if term.weight != 0]
     if not kept:
-        raise ValueError("every weight of the objective is 0: nothing would be trained")
+        raise UsageError("every weight of the objective is 0: nothing would be trained")
     return kept
 
 

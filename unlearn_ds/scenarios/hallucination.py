@@ -28,6 +28,7 @@ def load(config: RunConfig, encoder: Encoder) -> ScenarioData:
     read = [forget, retain]
     if data.mismatch_data:
         read.append(sources.read(data.mismatch_data, "retain", data.mismatch_columns))
+    forget.keep("no right answer", lambda row: bool(row.right_answers))
     for source in read:
         encoder.keep_encodable(source)
         if data.limit:
@@ -35,13 +36,8 @@ def load(config: RunConfig, encoder: Encoder) -> ScenarioData:
     divided, normal = sources.split(forget.rows), sources.split(retain.rows)
     for name, part in (("forget", divided["train"]), ("unseen", divided["test"]), ("normal", normal["train"]),
                        ("held-out normal", normal["test"])):  # fmt: skip
-        if not part:
+        if not part and all(source.rows for source in read):
             raise UsageError(f"too few rows: none is left for the {name} set after the 70/10/20 split.")
-    if not all(row.right_answers for row in forget.rows):
-        raise UsageError(
-            f"{forget.name}: the hallucination scenario needs the right answer of each forget row to measure the rate; "
-            "name it as the third of --forget_columns prompt,wrong_answer,right_answer."
-        )
     return ScenarioData(
         forget=divided,
         normal=normal,

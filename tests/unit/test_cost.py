@@ -1,0 +1,58 @@
+"""FLOPs and memory worked out by hand."""
+
+import pytest
+
+from unlearn_ds import cost
+
+SIZE = cost.ModelSize(body=6_000, head=1_000, total=8_000, num_layers=2, hidden_size=10, vocab_size=100)
+PLAN = {
+    "stage": 3, "world_size": 4, "bytes_per_weight": 2, "reference": "offload", "num_tokens": 100,
+    "checkpointing": False, "workspace_bytes": 5_000,
+}  # fmt: skip
+
+
+def test_the_body_meets_every_token_and_the_head_response_tokens_only():
+    assert cost.step_flops(SIZE, num_tokens=10, num_response_tokens=3) == 6 * (6_000 * 10 + 1_000 * 3)
+
+
+def test_the_longest_known_name_decides_and_an_unknown_device_has_no_peak():
+    assert cost.peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert cost.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert cost.peak_flops("NVIDIA GB200") == 2500e12
+    assert cost.peak_flops("cpu") is None
+
+
+@pytest.mark.parametrize(("stage", "shares"), [(0, (1, 1, 1)), (1, (1, 1, 4)), (2, (1, 4, 4)), (3, (4, 4, 4))])
+def test_each_stage_divides_one_more_state(stage, shares):
+    plan = cost.memory_plan(SIZE, **{**PLAN, "stage": stage})
+    states = (plan["weights"], plan["gradients"], plan["optimizer, fp32 master and two moments"])
+    assert states == (16_000 // shares[0], 16_000 // shares[1], 96_000 // shares[2])
+
+
+def test_fp32_has_no_master_copy():
+    assert cost.memory_plan(SIZE, **{**PLAN, "bytes_per_weight": 4})["optimizer, fp32 master and two moments"] == 16_000
+
+
+def test_checkpointing_keeps_one_seventeenth_of_the_activations():
+    kept = [cost.memory_plan(SIZE, **{**PLAN, "checkpointing": on})["activations"] for on in (False, True)]
+    assert kept == [34 * 100 * 10 * 2, 2 * 100 * 10 * 2]
+
+
+def test_what_is_offloaded_is_named_as_host_memory():
+    plan = cost.memory_plan(SIZE, **PLAN, offload_param=True, offload_optimizer=True)
+    assert {name for name in plan if "host" in name} == {
+        "weights (host memory)", "optimizer, fp32 master and two moments (host memory)", "reference (host memory)",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mode", "keys"),
+    [
+        ("offload", {"reference (host memory)", "LM head of the reference"}),
+        ("resident", {"reference", "LM head of the reference"}),
+        ("cached", {"LM head of the reference"}),
+        (None, set()),
+    ],
+)
+def test_each_reference_has_its_place(mode, keys):
+    assert {name for name in cost.memory_plan(SIZE, **{**PLAN, "reference": mode}) if "reference" in name} == keys
