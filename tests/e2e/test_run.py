@@ -6,6 +6,7 @@ import json
 
 import pytest
 from harness import SMALL_EVALUATION, metrics, run, write_data
+from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
 WEIGHTS = {"forget": 0.5, "mismatch": 0.25, "retain": 2.0}
@@ -64,8 +65,6 @@ def test_no_third_party_warning_reaches_the_user(finished):
 
 
 def test_the_exported_model_generates_what_the_last_evaluation_recorded(finished):
-    from transformers import AutoModelForCausalLM
-
     from unlearn_ds import config, evaluate, model
     from unlearn_ds.data.encode import Encoder
 
@@ -99,3 +98,5 @@ def test_two_ranks_measure_the_same_and_the_memorized_model_comes_from_the_cache
     for evaluation in (one, two):
         evaluation.pop("seconds")
     assert two == one
+    whole, exported = (AutoModelForCausalLM.from_pretrained(folder / n / "model").state_dict() for n in ("out", "two"))
+    assert {name: x.shape for name, x in exported.items()} == {name: x.shape for name, x in whole.items()}

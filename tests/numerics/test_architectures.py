@@ -37,6 +37,16 @@ CONFIGS = {
     "gemma2_final_softcap": lambda: transformers.Gemma2Config(
         **GEMMA, final_logit_softcapping=2.0, attn_logit_softcapping=None
     ),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    ),
+    "granite_logits_scaling": lambda: transformers.GraniteConfig(**SMALL, logits_scaling=4.0),
     "gemma3_window": lambda: transformers.Gemma3TextConfig(**GEMMA),
 }
 
@@ -95,6 +105,26 @@ def test_dropout_is_off_even_in_training(model_dir):
     assert torch.equal(first, second)
     with torch.no_grad():
         assert torch.equal(packed.eval()(batch), first)
+
+
+REFUSED = {
+    "sinks": (
+        lambda: transformers.GptOssConfig(
+            **{**SMALL, "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 8, "sliding_window": 4}
+        ),
+        "s_aux",
+    ),
+    "convolutions": (lambda: transformers.Lfm2Config(**SMALL, layer_types=["conv", "full_attention"]), "conv"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_an_architecture_that_packing_would_compute_wrongly_is_refused(tmp_path, name):
+    config, reason = REFUSED[name]
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=reason):
+        PackedCausalLM(load_causal_lm(str(tmp_path), torch.float32), "sdpa")(pack_scored(make_rows()))
 
 
 def test_soft_capped_attention_is_refused_and_not_forgotten(tmp_path):

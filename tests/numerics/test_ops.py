@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unlearn_ds import ops
 from unlearn_ds.types import PackedBatch, ReferenceRows
@@ -164,6 +165,27 @@ def test_no_rows_with_a_bound_give_zero_loss():
 def test_chunking_changes_nothing(rows, workspace_bytes):
     case = make_case(*rows, 123)
     assert_close(ours(case, workspace_bytes=workspace_bytes), ours(case), tolerance=1e-6)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        made = [x for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor)]
+        self.numel = max([self.numel, *(x.numel() for x in made)])
+        return out
+
+
+@pytest.mark.parametrize("rows", [(400, 0), (0, 400), (200, 200)], ids=["ce", "kl", "mixed"])
+def test_logits_of_all_rows_never_exist(rows):
+    """Defect D24: the published code holds several copies of [all positions, vocabulary]."""
+    case = make_case(*rows, vocab=4099)
+    with Largest() as largest:
+        ours(case, workspace_bytes=50 * 4099 * 4)
+    assert largest.numel <= max(50 * 4099, 4099 * HIDDEN)
 
 
 def test_chunking_with_softcap_equals_float64():
