@@ -13,14 +13,10 @@ from unlearn_ds import dist
 from unlearn_ds.config import EvalConfig
 from unlearn_ds.data.encode import Encoder
 from unlearn_ds.data.packing import pack_scored
-from unlearn_ds.metrics.diversity import diversity
-from unlearn_ds.metrics.likelihood import likelihood
-from unlearn_ds.metrics.multiple_choice import multiple_choice
-from unlearn_ds.metrics.similarity import similarity_to_original
 from unlearn_ds.model import PackedCausalLM
 from unlearn_ds.registry import JUDGES, METRICS, resolve
 from unlearn_ds.scenarios import Scenario, ScenarioData
-from unlearn_ds.types import Answer, EncodedRow, Row
+from unlearn_ds.types import Answer, EncodedRow, Measured, Row
 
 Answers = dict[str, list[Answer]]
 """Generated answers of a model by set: unlearned, unseen, normal, neutral."""
@@ -39,15 +35,18 @@ class Evaluator:
         }
         self.neutral = data.neutral
         self.judge = resolve("judge", config.judge, JUDGES)(config.judge_model) if dist.is_main() else None
-        self._rate = resolve("metric", scenario.headline, METRICS)
+        self.scenario = scenario
         # The neutral set is read as plain text: no template, no end token.
         self._plain = Encoder(encoder.tokenizer, "none", max_length=encoder.max_length)
 
     @property
     def metrics(self) -> dict[str, int]:
         """Name and version of each metric: numbers of two versions are not to be compared."""
-        modules = {name: importlib.import_module(target.split(":")[0]) for name, target in METRICS.items()}
-        return {name: module.version for name, module in modules.items()}
+        used = sorted({name for names in self._measured_on().values() for name in names})
+        return {name: importlib.import_module(METRICS[name].split(":")[0]).version for name in used}
+
+    def _measured_on(self) -> dict[str, Sequence[str]]:
+        return {**self.scenario.metrics, "neutral texts": ("likelihood",), "neutral choices": ("multiple_choice",)}
 
     @property
     def judge_name(self) -> str | None:
@@ -67,28 +66,31 @@ class Evaluator:
         """
         began = time.perf_counter()
         texts = self._generate_all(model, synced)
-        scored = {name: self._score(model, self._encoded(name), synced) for name in ("unlearned", "unseen", "normal")}
-        neutral = self._score(model, self._texts(), synced)
-        flat = self._score(model, [row for item in self._choices() for row in item], synced)
+        sets = {name: (self.rows[name], self.encoder.encode_all(self.rows[name])) for name in self.scenario.metrics}
+        sets |= {"neutral texts": self._texts(), "neutral choices": self._choices()}
+        scored = {name: self._score(model, encoded, synced) for name, (_, encoded) in sets.items()}
         if not dist.is_main():
             return {}, {}
-        result: dict[str, Any] = {"step": step}
         answers: Answers = {name: [Answer(text) for text in texts[name]] for name in texts}
-        for name in ("unlearned", "unseen"):
-            rated, flagged = self._rate(texts[name], self.rows[name], self.judge, self.config.margin)
-            result[name] = {**rated, "n": len(self.rows[name]), **_nll(scored[name]), **diversity(texts[name])}
-            answers[name] = [Answer(*pair) for pair in zip(texts[name], flagged, strict=True)]
-        original = [answer.text for answer in (originals or answers)["normal"]]
-        result["normal"] = {
-            **_nll(scored["normal"]),
-            **similarity_to_original(texts["normal"], original, self.judge),
-            **diversity(texts["normal"]),
-            "n": len(self.rows["normal"]),
-        }
-        result["neutral"] = {"perplexity": _nll(neutral)["perplexity"], "n_texts": len(neutral)}
-        result["neutral"] |= self._accuracy(flat)
-        result["seconds"] = round(time.perf_counter() - began, 2)
-        return result, answers
+        before = {name: [answer.text for answer in answers] for name, answers in (originals or answers).items()}
+        numbers: dict[str, Any] = {}
+        for name, metrics in self._measured_on().items():
+            nll_sums, counts = zip(*scored[name], strict=True)
+            measured = Measured(
+                sets[name][0], texts.get(name, ()), before.get(name, ()), nll_sums, counts, self.judge, self.config.margin
+            )  # fmt: skip
+            numbers[name] = {"n": len(measured.rows)}
+            for metric in metrics:
+                found = resolve("metric", metric, METRICS)(measured)
+                numbers[name] |= found.numbers
+                if metric == self.scenario.headline:
+                    answers[name] = [Answer(*pair) for pair in zip(texts[name], found.flagged, strict=True)]
+        passages, choices = numbers.pop("neutral texts"), numbers.pop("neutral choices")
+        numbers["neutral"] = {
+            "perplexity": passages["perplexity"], "n_texts": passages["n"],
+            "accuracy": choices["accuracy"], "n_choices": len(self.neutral.choices),
+        }  # fmt: skip
+        return {"step": step, **numbers, "seconds": round(time.perf_counter() - began, 2)}, answers
 
     def samples(self, before: Answers, after: Answers) -> list[dict[str, Any]]:
         """Each prompt with its answers before and after, and which of them the headline metric counts."""
@@ -107,24 +109,17 @@ class Evaluator:
             for n, row in enumerate(rows)
         ]
 
-    def _accuracy(self, flat: Sequence[tuple[float, int]]) -> dict[str, float]:
-        sums, start = [], 0
-        for item in self.neutral.choices:
-            sums.append([nll for nll, _ in flat[start : start + len(item["choices"])]])
-            start += len(item["choices"])
-        return {**multiple_choice(sums, [item["answer"] for item in self.neutral.choices]), "n_choices": len(sums)}
+    def _texts(self) -> tuple[list[Row], list[EncodedRow]]:
+        rows = [Row("", text) for text in self.neutral.texts]
+        return rows, [_without_end(self._plain.encode("", row.answer), self._plain) for row in rows]
 
-    def _encoded(self, name: str) -> list[EncodedRow]:
-        return self.encoder.encode_all(self.rows[name])
-
-    def _texts(self) -> list[EncodedRow]:
-        return [_without_end(self._plain.encode("", text), self._plain) for text in self.neutral.texts]
-
-    def _choices(self) -> list[list[EncodedRow]]:
-        return [
-            [_without_end(self._plain.encode(item["context"], choice), self._plain) for choice in item["choices"]]
+    def _choices(self) -> tuple[list[Row], list[EncodedRow]]:
+        rows = [
+            Row(item["context"], choice, (item["choices"][item["answer"]],))
             for item in self.neutral.choices
+            for choice in item["choices"]
         ]
+        return rows, [_without_end(self._plain.encode(row.prompt, row.answer), self._plain) for row in rows]
 
     def _generate_all(self, model: PackedCausalLM, synced: bool) -> dict[str, list[str]]:
         """Greedy answers to the prompts of every set."""
@@ -164,10 +159,6 @@ class Evaluator:
             return [(float(part.sum()), part.numel()) for part in parts]
 
         return _over_ranks(rows, 48, len, synced, score)
-
-
-def _nll(scored: Sequence[tuple[float, int]]) -> dict[str, float]:
-    return likelihood([nll for nll, _ in scored], [count for _, count in scored])
 
 
 def _without_end(row: EncodedRow | None, encoder: Encoder) -> EncodedRow:

@@ -7,8 +7,9 @@ H hidden size, B sequences of a padded batch, L its length. ``hidden_NH`` is a [
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -114,6 +115,29 @@ class Answer(NamedTuple):
 
     text: str
     flagged: bool | None = None
+
+
+class Measured(NamedTuple):
+    """What a metric may look at: the rows of one set, what the model said, and how likely it finds their answers.
+
+    texts: a generated answer to each prompt; none for sets that are only scored. originals: the same before unlearning.
+    nll_sums, token_counts: summed negative log-likelihood and number of tokens of each row's answer.
+    """
+
+    rows: Sequence[Row]
+    texts: Sequence[str] = ()
+    originals: Sequence[str] = ()
+    nll_sums: Sequence[float] = ()
+    token_counts: Sequence[int] = ()
+    judge: Any = None
+    margin: float = 0.1
+
+
+class Scored(NamedTuple):
+    """``numbers`` of a metric, and which answers it counts when it counts answers."""
+
+    numbers: dict[str, float]
+    flagged: list[bool] | None = None
 
 
 class LossOutput(NamedTuple):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from unlearn_ds.types import Measured, Scored
 
 version = 1
 higher_is_better = True
 
 
-def diversity(answers: Sequence[str]) -> dict[str, float]:
+def diversity(measured: Measured) -> Scored:
     """``diversity`` in [0, 1]; an empty answer has 0."""
-    shares = [len(set(words)) / len(words) if words else 0.0 for words in (a.lower().split() for a in answers)]
-    return {"diversity": sum(shares) / max(1, len(shares))}
+    split = [text.lower().split() for text in measured.texts]
+    shares = [len(set(words)) / len(words) if words else 0.0 for words in split]
+    return Scored({"diversity": sum(shares) / max(1, len(shares))})

@@ -6,23 +6,19 @@ right one. Ours adds the judge's floor: an answer that resembles neither asserts
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
-from unlearn_ds.types import Row
+from unlearn_ds.types import Measured, Scored
 
 version = 1
 higher_is_better = False
 
 
-def hallucination_rate(
-    answers: Sequence[str], rows: Sequence[Row], judge: Any, margin: float = 0.1
-) -> tuple[dict[str, float], list[bool]]:
+def hallucination_rate(measured: Measured) -> Scored:
     """``rate`` with the floor, ``rate_without_floor`` for the plain rule, ``right_rate``: share nearer to the right
     answer and above the floor, ``empty`` share of empty answers; and which answers ``rate`` counts.
 
     Of several right answers the nearest counts. An empty answer is similar to nothing.
     """
+    answers, rows, judge = measured.texts, measured.rows, measured.judge
     wrong = judge.similarity(answers, [row.answer for row in rows])
     pairs = [(n, right) for n, row in enumerate(rows) for right in row.right_answers]
     to_right = judge.similarity([answers[n] for n, _ in pairs], [right for _, right in pairs])
@@ -30,7 +26,7 @@ def hallucination_rate(
     for (n, _), similarity in zip(pairs, to_right, strict=True):
         right[n] = max(right[n], similarity)
     said = [bool(answer.strip()) for answer in answers]
-    plain = [s and w > (1 + margin) * r for s, w, r in zip(said, wrong, right, strict=True)]
+    plain = [s and w > (1 + measured.margin) * r for s, w, r in zip(said, wrong, right, strict=True)]
     flagged = [p and w >= judge.floor for p, w in zip(plain, wrong, strict=True)]
     total = max(1, len(rows))
     numbers = {
@@ -39,4 +35,4 @@ def hallucination_rate(
         "right_rate": sum(s and r >= judge.floor and r > w for s, w, r in zip(said, wrong, right, strict=True)) / total,
         "empty": 1 - sum(said) / total,
     }
-    return numbers, flagged
+    return Scored(numbers, flagged)

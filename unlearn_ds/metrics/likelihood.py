@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+
+from unlearn_ds.types import Measured, Scored
 
 version = 1
 higher_is_better = False
 
 
-def likelihood(nll_sums: Sequence[float], token_counts: Sequence[int]) -> dict[str, float]:
+def likelihood(measured: Measured) -> Scored:
     """``nll``: nats a token over all tokens together; ``perplexity``: its exponential, inf beyond float range."""
-    nll = sum(nll_sums) / max(1, sum(token_counts))
-    return {"nll": nll, "perplexity": math.exp(nll) if nll < 700 else math.inf}
+    nll = sum(measured.nll_sums) / max(1, sum(measured.token_counts))
+    return Scored({"nll": nll, "perplexity": math.exp(nll) if nll < 700 else math.inf})

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from unlearn_ds.types import Measured, Scored
 
 version = 1
 higher_is_better = True
 
 
-def similarity_to_original(answers: Sequence[str], originals: Sequence[str], judge: Any) -> dict[str, float]:
+def similarity_to_original(measured: Measured) -> Scored:
     """``similarity_to_original``: mean similarity of pairs by the judge (the paper uses BLEURT)."""
-    values = judge.similarity(answers, originals)
-    return {"similarity_to_original": sum(values) / max(1, len(values))}
+    values = measured.judge.similarity(measured.texts, measured.originals)
+    return Scored({"similarity_to_original": sum(values) / max(1, len(values))})

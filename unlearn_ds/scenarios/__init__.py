@@ -6,7 +6,7 @@ Every scenario hands over the same ``ScenarioData``; the trainer knows no scenar
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,12 +20,14 @@ SAMPLE = Path(__file__).parent.parent / "sample"
 
 
 class Scenario(NamedTuple):
-    """``load``: configuration and encoder -> rows. ``headline``: the metric (row of ``registry.METRICS``) that compares
-    an answer with the wrong and the right one. ``label``: how a table calls it."""
+    """``load``: configuration and encoder -> rows. ``headline``: the metric that says whether an answer shows the
+    behaviour. ``label``: how a table calls it. ``metrics``: set -> rows of ``registry.METRICS`` measured on it.
+    """
 
     load: Callable[[RunConfig, Encoder], ScenarioData]
     headline: str
     label: str
+    metrics: Mapping[str, Sequence[str]]
 
 
 @dataclass

