@@ -77,7 +77,8 @@ class Evaluator:
         for name, metrics in self._measured_on().items():
             nll_sums, counts = zip(*scored[name], strict=True)
             measured = Measured(
-                sets[name][0], texts.get(name, ()), before.get(name, ()), nll_sums, counts, self.judge, self.config.margin
+                sets[name][0], texts.get(name, ()), before.get(name, ()), nll_sums, counts, self.judge,
+                self.config.margin,
             )  # fmt: skip
             numbers[name] = {"n": len(measured.rows)}
             for metric in metrics:
