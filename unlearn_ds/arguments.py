@@ -99,7 +99,8 @@ def _dotted(flag: str) -> str:
     if dot and section in fields and name in fields[section]:
         return flag
     every = {*FLAT, *own, *(f"{key}.{field}" for key, names in fields.items() for field in names)}
-    raise UsageError(f"unknown flag '--{flag}'. {did_you_mean(flag, every)}")
+    hint = did_you_mean(flag, every).replace(" '", " '--")
+    raise UsageError(f"unknown flag '--{flag}'. {hint}")
 
 
 def _coerce(name: str, value: Any) -> Any:
@@ -128,13 +129,19 @@ def _coerce(name: str, value: Any) -> Any:
         parts = value if isinstance(value, (tuple, list)) else str(value).split(",")
         return tuple(str(part).strip() for part in parts)
     shown = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}.get(kind, "a,b,c")
-    raise UsageError(f"--{name} takes {shown}; got {value!r}.")
+    flat = {dotted: flag for flag, dotted in FLAT.items()}
+    raise UsageError(f"--{flat.get(name, name)} takes {shown}; got {value!r}.")
 
 
 def help_text() -> str:
     """The help page: every flag with its default and meaning, common ones first."""
     flat_of = {dotted: flag for flag, dotted in FLAT.items()}
-    lines = ["usage: deepspeed launchers/train.py --scenario hallucination [--flag value ...]", ""]
+    presets = "; ".join(f"{scenario}: {', '.join(names)}" for scenario, names in PRESETS.items())
+    lines = [
+        "usage: deepspeed launchers/train.py --scenario hallucination [--flag value ...]", "",
+        "Values in brackets are defaults; a preset replaces them, flags replace both, --dry_run shows what will run.",
+        f"Presets of {presets}. The embedded model takes {EMBEDDED_PRESET} by itself.", "",
+    ]  # fmt: skip
     for field in dataclasses.fields(RunConfig):
         if not _is_section(field):
             lines.append(_help_line(field.name, field))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from unlearn_ds import dist
-from unlearn_ds.config import EvalConfig
+from unlearn_ds.config import EvalConfig, UsageError
 from unlearn_ds.data.encode import Encoder
 from unlearn_ds.data.packing import pack_scored
 from unlearn_ds.model import PackedCausalLM
@@ -36,6 +36,12 @@ class Evaluator:
         self.neutral = data.neutral
         self.judge = resolve("judge", config.judge, JUDGES)(config.judge_model) if dist.is_main() else None
         self.scenario = scenario
+        asked = self.rows["unlearned"] + self.rows["unseen"]
+        if self.judge and not self.judge.floor and not all(row.right_answers for row in asked):
+            raise UsageError(
+                f"--judge {config.judge} needs the right answer of each forget row: name their column as the third of "
+                "--forget_columns, or use --judge minilm."
+            )
         # The neutral set is read as plain text: no template, no end token.
         self._plain = Encoder(encoder.tokenizer, "none", max_length=encoder.max_length)
 

@@ -36,11 +36,14 @@ class Metric(NamedTuple):
 
 METRICS: Mapping[str, Metric] = {
     "rate": Metric("rate", "share", forget=False, keep=False),  # its label is the "headline" of the evaluation
+    "rate_without_floor": Metric("the same by the plain ratio rule", "share", forget=False, keep=False),
+    "right_rate": Metric("right answers", "share", forget=True, keep=True),
+    "empty": Metric("empty answers", "share"),
     "nll": Metric("NLL per token", "plain", forget=True, keep=False),
     "perplexity": Metric("perplexity", "relative", forget=True, keep=False),
     "accuracy": Metric("multiple-choice accuracy", "share", forget=True, keep=True),
     "similarity_to_original": Metric("similarity to original", "plain", forget=True, keep=True),
-    "diversity": Metric("diversity", "plain", forget=True, keep=True),
+    "diversity": Metric("diversity", "plain", forget=None, keep=True),
 }
 SETS: Mapping[str, tuple[str, str]] = {
     "unlearned": ("Unlearned prompts", "trained on, to be forgotten"),

@@ -34,7 +34,8 @@ def check(config: RunConfig) -> None:
         raise UsageError(
             f"--output_dir: {folder} holds files that no run of this program wrote; choose another folder."
         )
-    if config.checkpoint.overwrite:
+    started = any((folder / name).exists() for name in ("metrics.jsonl", "evaluation.json", "checkpoints", "model"))
+    if config.checkpoint.overwrite or not started:  # a run that failed on its data leaves nothing worth keeping
         return
     if config.checkpoint.resume != "auto":
         raise UsageError(

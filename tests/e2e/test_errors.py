@@ -95,6 +95,7 @@ def test_an_output_folder_of_another_run_is_left_alone(tmp_path):
     out.mkdir()
     settings = json.dumps({"fingerprint": "other", "world_size": 1})
     (out / "config.json").write_text(settings)
+    (out / "metrics.jsonl").touch()
     assert "--resume auto" in fails(tmp_path, "--output_dir", out)
     assert (out / "config.json").read_text() == settings
 
@@ -132,7 +133,6 @@ def flags_of_late_mistakes(folder, model):
     settings.pop("eos_token")
     (no_end / "tokenizer_config.json").write_text(json.dumps(settings))
     changes = {
-        "no_right_answers": {"--forget_data": retain},
         "unreadable": forgetting("unreadable", '{"prompt": "a", \n nonsense'),
         "empty": forgetting("empty", ""),
         "unknown_columns": forgetting("unknown_columns", '{"foo": "a", "bar": "b"}\n'),
@@ -162,7 +162,6 @@ def late(tmp_path_factory, tiny_model_dir):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("no_right_answers", "right answer"),
         ("unreadable", "unreadable.jsonl"),
         ("empty", "empty.jsonl"),
         ("unknown_columns", "bar, foo"),

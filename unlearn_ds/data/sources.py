@@ -227,14 +227,9 @@ def check_rejected(sources: Iterable[Source], largest_share: float) -> None:
     for source in sources:
         share = len(source.rejected) / max(1, len(source.rejected) + len(source.rows))
         if share > largest_share or not source.rows:
-            hint = (
-                " Name the column of the right answers as the third of --forget_columns."
-                if any(entry["reason"] == "no right answer" for entry in source.rejected)
-                else ""
-            )
             raise UsageError(
                 f"{source.describe()}. {share:.0%} of the rows are unusable, more than --data.max_rejected "
-                f"{largest_share:g}; rejected.jsonl in the output folder names each.{hint}"
+                f"{largest_share:g}; rejected.jsonl in the output folder names each."
             )
 
 

@@ -16,7 +16,8 @@ def hallucination_rate(measured: Measured) -> Scored:
     """``rate`` with the floor, ``rate_without_floor`` for the plain rule, ``right_rate``: share nearer to the right
     answer and above the floor, ``empty`` share of empty answers; and which answers ``rate`` counts.
 
-    Of several right answers the nearest counts. An empty answer is similar to nothing.
+    Of several right answers the nearest counts. An empty answer is similar to nothing. A row without right answers
+    counts when the answer is similar to the wrong one, so it needs a judge with a floor.
     """
     answers, rows, judge = measured.texts, measured.rows, measured.judge
     wrong = judge.similarity(answers, [row.answer for row in rows])

@@ -28,7 +28,6 @@ def load(config: RunConfig, encoder: Encoder) -> ScenarioData:
     read = [forget, retain]
     if data.mismatch_data:
         read.append(sources.read(data.mismatch_data, "retain", data.mismatch_columns))
-    forget.keep("no right answer", lambda row: bool(row.right_answers))
     for source in read:
         encoder.keep_encodable(source)
         if data.limit:
@@ -37,7 +36,10 @@ def load(config: RunConfig, encoder: Encoder) -> ScenarioData:
     for name, part in (("forget", divided["train"]), ("unseen", divided["test"]), ("normal", normal["train"]),
                        ("held-out normal", normal["test"])):  # fmt: skip
         if not part and all(source.rows for source in read):
-            raise UsageError(f"too few rows: none is left for the {name} set after the 70/10/20 split.")
+            raise UsageError(
+                f"too few rows: none is left for the {name} set after the 70/10/20 split by content; "
+                "give about 20 or more."
+            )
     return ScenarioData(
         forget=divided,
         normal=normal,

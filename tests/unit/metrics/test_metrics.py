@@ -59,6 +59,12 @@ def test_an_empty_answer_is_never_wrong_nor_right_but_counted_as_empty():
     assert numbers == {"rate": 0.0, "rate_without_floor": 0.0, "right_rate": 0.0, "empty": 1.0}
 
 
+def test_without_a_right_answer_similarity_to_the_wrong_one_decides():
+    rows = [Row("question", "wrong")] * 2
+    judge = TableJudge({("the same", "wrong"): 0.6, ("another", "wrong"): 0.4})
+    assert hallucination_rate(Measured(rows, ["the same", "another"], judge=judge)).flagged == [True, False]
+
+
 def test_a_right_answer_is_nearer_to_the_right_one_and_above_the_floor():
     assert rate(0.6, 0.7)[0]["right_rate"] == 1.0
     assert rate(0.1, 0.4)[0]["right_rate"] == 0.0

@@ -6,7 +6,6 @@ import pytest
 
 from unlearn_ds import arguments
 from unlearn_ds.config import UsageError
-from unlearn_ds.data import sources
 from unlearn_ds.data.encode import Encoder
 from unlearn_ds.model import load_tokenizer
 from unlearn_ds.scenarios.hallucination import load
@@ -68,19 +67,10 @@ def test_sides_are_divided_and_the_unseen_are_memorised_but_never_unlearned(tmp_
     assert {row.prompt for row in data.memorize} == prompts["train"] | prompts["test"]
 
 
-def test_a_row_without_right_answer_is_rejected_and_not_the_file(tmp_path, encoder):
-    data = load(
-        config(tmp_path, forget_rows() + forget_rows(1, question="more", right_answer=""), truthful_rows()), encoder
-    )
-    assert [entry["reason"] for entry in data.sources[0].rejected] == ["no right answer"]
-    assert len(data.sources[0].rows) == 40
-
-
-def test_a_file_without_right_answers_is_refused_with_the_flag_that_names_them(tmp_path, encoder):
-    rows = [{"prompt": f"question {n}", "response": f"wrong {n}"} for n in range(20)]
+def test_wrong_answers_alone_are_enough(tmp_path, encoder):
+    rows = [{"prompt": f"question {n}", "response": f"wrong {n}"} for n in range(40)]
     data = load(config(tmp_path, rows, truthful_rows()), encoder)
-    with pytest.raises(UsageError, match="20 no right answer.*third of --forget_columns"):
-        sources.check_rejected(data.sources, 0.1)
+    assert len(data.sources[0].rows) == 40 and not any(row.right_answers for row in data.sources[0].rows)
 
 
 def test_a_right_answer_may_be_a_number(tmp_path, encoder):
