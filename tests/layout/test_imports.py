@@ -103,10 +103,6 @@ def below_package(target: str) -> str:
     return target.partition(".")[2]
 
 
-def complain(faults: list[str]) -> None:
-    assert not faults, "\n" + "\n".join(faults)
-
-
 def test_files_were_read():
     assert len(SOURCES) > 15 and len(OURS) > 30
     assert {"config", "ops", "data.packing", "objectives.ga_mismatch", "model"} <= SOURCES.keys()
@@ -133,9 +129,9 @@ def test_every_way_to_import_is_seen(statement, expected):
 
 
 def test_every_module_has_a_level():
-    complain(
-        [f"{path.relative_to(REPOSITORY)} has no level" for m, path in SOURCES.items() if room_of(m) not in LEVEL_OF]
-    )
+    assert [
+        f"{path.relative_to(REPOSITORY)} has no level" for m, path in SOURCES.items() if room_of(m) not in LEVEL_OF
+    ] == []
 
 
 def may_import(module: str, target: str) -> bool:
@@ -150,49 +146,40 @@ def test_a_room_imports_only_lower_levels():
         if room_of(module) in LEVEL_OF and not may_import(module, below_package(target)):
             levels = LEVEL_OF[room_of(module)], LEVEL_OF.get(room_of(below_package(target)))
             faults.append(f"{where}: {module} (level {levels[0]}) imports {target} (level {levels[1]})")
-    complain(faults)
+    assert faults == []
 
 
 def test_launchers_import_only_the_front_rooms():
     assert LAUNCHERS
-    complain(
-        [
-            f"{found.where} imports {found.target}"
-            for path in LAUNCHERS
-            for found in imports(path, "")
-            if found.target.split(".")[0] == PACKAGE
-            and room_of(below_package(found.target)) not in LAUNCHERS_MAY_IMPORT
-        ]
-    )
+    assert [
+        f"{found.where} imports {found.target}"
+        for path in LAUNCHERS
+        for found in imports(path, "")
+        if found.target.split(".")[0] == PACKAGE and room_of(below_package(found.target)) not in LAUNCHERS_MAY_IMPORT
+    ] == []
 
 
 def test_nothing_imports_a_launcher_or_a_test():
-    complain(
-        [f"{f.where} imports {f.target}" for f in ALL if f.target.split(".")[0] in ("launchers", "tests", "conftest")]
-    )
+    assert [
+        f"{f.where} imports {f.target}" for f in ALL if f.target.split(".")[0] in ("launchers", "tests", "conftest")
+    ] == []
 
 
 def test_only_the_engine_imports_deepspeed():
     everyone = ALL + [found for path in LAUNCHERS for found in imports(path, "launchers")]
     users = {found.module for found in everyone if found.target.split(".")[0] == "deepspeed"}
     assert "engine" in users or "engine" not in SOURCES
-    complain(
-        [
-            f"{f.where} imports {f.target}"
-            for f in everyone
-            if f.target.split(".")[0] == "deepspeed" and f.module != "engine"
-        ]
-    )
+    assert [
+        f"{f.where} imports {f.target}"
+        for f in everyone
+        if f.target.split(".")[0] == "deepspeed" and f.module != "engine"
+    ] == []
 
 
 def test_the_command_line_needs_no_torch():
-    complain(
-        [
-            f"{f.where} imports {f.target}"
-            for f in ALL
-            if f.module in WITHOUT_TORCH and f.target.split(".")[0] == "torch"
-        ]
-    )
+    assert [
+        f"{f.where} imports {f.target}" for f in ALL if f.module in WITHOUT_TORCH and f.target.split(".")[0] == "torch"
+    ] == []
 
 
 def test_the_lowest_levels_import_only_torch_and_what_they_are_for():
@@ -201,4 +188,4 @@ def test_the_lowest_levels_import_only_torch_and_what_they_are_for():
         top, level = target.split(".")[0], LEVEL_OF.get(room_of(module))
         if level in THIRD_PARTY and top != PACKAGE and top not in sys.stdlib_module_names | THIRD_PARTY[level]:
             faults.append(f"{where}: {module} (level {level}) imports {target}")
-    complain(faults)
+    assert faults == []

@@ -23,8 +23,7 @@ CONFIG = parse({})
 
 
 def test_the_defaults_pass_their_own_check():
-    check(CONFIG)
-    check(RunConfig())
+    assert check(CONFIG) is None and check(RunConfig()) is None
 
 
 def test_the_configuration_can_be_written_as_json_and_cannot_be_changed():
@@ -187,7 +186,7 @@ def test_what_cannot_work_is_refused_with_a_sentence_that_names_the_flag(changes
     ids=str,
 )
 def test_what_can_work_passes(changes):
-    check(replace(CONFIG, **changes))
+    assert check(replace(CONFIG, **changes)) is None
 
 
 def test_a_data_file_of_an_unknown_kind_is_refused(tmp_path):

@@ -30,13 +30,16 @@ def resuming(config, **changes):
 
 def test_a_new_and_an_empty_folder_are_free(config, tmp_path):
     run_folder.check(config)
+    assert not (tmp_path / "out").exists()
     (tmp_path / "out").mkdir()
     run_folder.check(config)
+    assert not any((tmp_path / "out").iterdir())
 
 
 def test_a_run_that_failed_before_its_first_step_holds_no_folder(config, tmp_path):
-    earlier_run(config, tmp_path, files=("rejected.jsonl",))
+    out = earlier_run(config, tmp_path, files=("rejected.jsonl",))
     run_folder.check(config)
+    assert {path.name for path in out.iterdir()} == {"config.json", "rejected.jsonl"}  # looked at, not touched
 
 
 def test_a_run_that_has_started_is_left_alone_unless_resumed_or_overwritten(config, tmp_path):
