@@ -13,7 +13,7 @@ DEFECTS = {
     "D1 mismatch loss also trains on the prompt": "unit/data/test_packing.py::test_prompt_tokens_never_enter_the_loss",
     "D2 the first answer token is skipped": "unit/data/test_encode.py::test_the_first_answer_token_is_trained",
     "D3 the bound compares a negated loss and never fires":
-        "numerics/test_ops.py::test_sequences_above_their_bound_get_no_gradient_and_the_others_the_same_as_before",
+        "numerics/test_forget_bound.py::test_sequences_above_their_bound_get_no_gradient_and_the_others_the_same_as_before",
     "D4 more steps than asked for":
         "e2e/test_run.py::test_each_step_is_one_line_whose_loss_is_the_weighted_sum_of_its_terms",
     "D5 only the first rows are ever used": "unit/data/test_loader.py::test_every_forget_row_comes_once_an_epoch",
@@ -24,7 +24,7 @@ DEFECTS = {
     "D8 the KL averages over prompt and padding":
         "unit/data/test_packing.py::test_each_token_carries_the_coefficient_of_its_row_and_each_sequence_its_bound_and_length",
     "D9 log(p + 1e-12) turns into NaN or loses the KL":
-        "numerics/test_ops.py::test_series_and_direct_form_agree_with_float64_at_every_distance",
+        "numerics/test_kl.py::test_series_and_direct_form_agree_with_float64_at_every_distance",
     "D10 dropout in the policy but not in the reference":
         "numerics/test_architectures.py::test_dropout_is_off_even_in_training",
     "D11 no truncation, or a forget loss of nothing":
