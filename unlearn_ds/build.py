@@ -32,12 +32,13 @@ def resolve_attention(config: RunConfig, path: str, values: dict[str, Any], devi
     return attention.resolve(config.model.attention, device, dtype_of(values), softcap)
 
 
-def load_model(config: RunConfig, path: str, values: dict[str, Any], device: torch.device) -> models.PackedCausalLM:
+def load_model(
+    config: RunConfig, path: str, values: dict[str, Any], device: torch.device, attention_name: str
+) -> models.PackedCausalLM:
     """Load a model, sharded where the configuration says so, and wrap it for packed batches."""
-    name, _ = resolve_attention(config, path, values, device)
     with engine.sharded_loading(values):
         causal_lm = models.load_causal_lm(path, dtype_of(values), config.model.revision)
-    model = models.PackedCausalLM(causal_lm, name, config.engine.loss_workspace_mib * 2**20)
+    model = models.PackedCausalLM(causal_lm, attention_name, config.engine.loss_workspace_mib * 2**20)
     return model if ds_json.stage(values) == 3 else model.to(device)
 
 
@@ -48,7 +49,7 @@ def policy(config: RunConfig, path: str, values: dict[str, Any], device: torch.d
         f"engine      ZeRO-{ds_json.stage(values)} on {dist.world_size()} x {device.type}, "
         f"{str(dtype_of(values)).removeprefix('torch.')}; attention: {name} ({reason})"
     )
-    model = load_model(config, path, values, device)
+    model = load_model(config, path, values, device, name)
     if config.model.activation_checkpointing:
         model.enable_activation_checkpointing()
     return engine.Policy(model, values, config.optim)
@@ -88,7 +89,7 @@ def live_reference(
 ) -> LiveReference:
     """A second model on an engine of its own, its weights on the CPU or on the device."""
     reference_values = ds_json.for_reference(values, config.engine.reference, trained.model.config.hidden_size)
-    model = load_model(config, path, reference_values, trained.model.device)
+    model = load_model(config, path, reference_values, trained.model.device, trained.model.attention_name)
     return LiveReference(engine.ReferenceEngine(model, reference_values).hidden_rows, _head(trained))
 
 
