@@ -18,12 +18,14 @@ def main(*positional: str, **flags: object) -> None:
         raise config.UsageError(f"unexpected '{positional[0]}': flags are written --name value.")
     run = arguments.parse(flags)
     config.check(run)
-    ds_json.load(run.engine.ds_config)
+    if run.engine.ds_config != "auto":
+        ds_json.load(run.engine.ds_config)
     # torch and what stands on it take seconds to import: not before the flags are known to be right.
     from unlearn_ds import dist, log, run_folder
 
     if not run.log.verbose:
         log.quiet()
+    run = arguments.for_machine(run, dist.computes_bf16())
     if run.dry_run:
         from unlearn_ds import doctor
 

@@ -14,14 +14,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from unlearn_ds.config import EMBEDDED_MODEL, RunConfig, UsageError, replace
-from unlearn_ds.presets import EMBEDDED_PRESET, PRESETS
+from unlearn_ds.presets import EMBEDDED_PRESET, PRESETS, SCENARIO_DEFAULTS
 from unlearn_ds.registry import SCENARIOS, check_name, did_you_mean
 
 FLAT = {
     "model": "model.path", "attention": "model.attention",
     "activation_checkpointing": "model.activation_checkpointing",
     "data": "data.source", "forget_data": "data.forget_data", "retain_data": "data.retain_data",
-    "mismatch_data": "data.mismatch_data", "mismatch_text": "data.mismatch_text",
+    "mismatch_data": "data.mismatch_data", "harmless_data": "data.harmless_data",
+    "mismatch_text": "data.mismatch_text",
     "forget_columns": "data.forget_columns", "retain_columns": "data.retain_columns",
     "mismatch_columns": "data.mismatch_columns", "template": "data.template",
     "objective": "objective.name", "eps_forget": "objective.eps_forget", "eps_mismatch": "objective.eps_mismatch",
@@ -55,12 +56,13 @@ def parse(flags: Mapping[str, Any]) -> RunConfig:
         check_name("scenario", scenario, SCENARIOS)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    preset = knobs.get("preset")
+    preset, presets = knobs.get("preset"), PRESETS.get(scenario, {})
     if preset is None and knobs.get("model.path", EMBEDDED_MODEL) == EMBEDDED_MODEL:
         preset = EMBEDDED_PRESET
-    if preset is not None and preset not in PRESETS[scenario]:
-        raise UsageError(f"unknown preset '{preset}'. {did_you_mean(preset, PRESETS[scenario])}")
-    config = replace(RunConfig(), **(PRESETS[scenario][preset] if preset else {}), **{"preset": preset})
+    if preset is not None and preset not in presets:
+        raise UsageError(f"unknown preset '{preset}'. {did_you_mean(preset, presets)}")
+    config = replace(RunConfig(), **SCENARIO_DEFAULTS.get(scenario, {}))
+    config = replace(config, **(presets[preset] if preset else {}), **{"preset": preset})
     config = replace(config, **knobs)
     return _resolve_defaults(config)
 
@@ -74,9 +76,15 @@ def _resolve_defaults(config: RunConfig) -> RunConfig:
         config = replace(config, **{"memorize.enabled": sample})
     if config.optim.retain_batch_size == 0:
         config = replace(config, **{"optim.retain_batch_size": config.optim.batch_size})
-    if config.engine.ds_config == "auto":
-        config = replace(config, **{"engine.ds_config": "zero3"})
     return config
+
+
+def for_machine(config: RunConfig, computes_bf16: bool) -> RunConfig:
+    """Replace ``--ds_config auto``: ZeRO-3 in bf16, or in fp32 on a CPU without bf16 units, which is ten times slower
+    in bf16 than in fp32."""
+    if config.engine.ds_config != "auto":
+        return config
+    return replace(config, **{"engine.ds_config": "zero3" if computes_bf16 else "zero3_fp32"})
 
 
 def sections() -> dict[str, Any]:

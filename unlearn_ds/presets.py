@@ -64,6 +64,14 @@ _HALLUCINATION = {
     },
 }
 
+SCENARIO_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    # Memorizing first is part of the protocol for a text (arXiv 2310.10683), unless the model recites it already.
+    "copyright": {
+        "data.as_pieces": True, "memorize.enabled": True, "memorize.unless_rate": 0.5, "eval.max_new_tokens": 48,
+    },
+}  # fmt: skip
+"""scenario -> dotted knob -> value, where it differs from the general default; a preset replaces it."""
+
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {"hallucination": _HALLUCINATION}
 """scenario -> preset -> dotted knob -> value."""
 

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 SCENARIOS: Mapping[str, str] = {
+    "harmful": "unlearn_ds.scenarios.harmful:SCENARIO",
+    "copyright": "unlearn_ds.scenarios.copyright:SCENARIO",
     "hallucination": "unlearn_ds.scenarios.hallucination:SCENARIO",
 }
 
@@ -23,6 +25,9 @@ OBJECTIVES: Mapping[str, str] = {
 
 METRICS: Mapping[str, str] = {
     "hallucination_rate": "unlearn_ds.metrics.hallucination_rate:hallucination_rate",
+    "harmful_rate": "unlearn_ds.metrics.harmful_rate:harmful_rate",
+    "leak_rate": "unlearn_ds.metrics.leak_rate:leak_rate",
+    "refusal_rate": "unlearn_ds.metrics.refusal_rate:refusal_rate",
     "likelihood": "unlearn_ds.metrics.likelihood:likelihood",
     "multiple_choice": "unlearn_ds.metrics.multiple_choice:multiple_choice",
     "diversity": "unlearn_ds.metrics.diversity:diversity",
@@ -32,6 +37,9 @@ METRICS: Mapping[str, str] = {
 JUDGES: Mapping[str, str] = {
     "minilm": "unlearn_ds.metrics.judges:SentenceEmbeddingJudge",
     "bertscore": "unlearn_ds.metrics.judges:BertScoreJudge",
+    "moderator": "unlearn_ds.metrics.moderation:EmbeddingModerator",
+    "classifier": "unlearn_ds.metrics.moderation:SequenceClassifier",
+    "bleu": "unlearn_ds.metrics.leak_rate:BleuJudge",
 }
 
 REFERENCES: Mapping[str, str] = {

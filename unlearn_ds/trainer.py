@@ -13,7 +13,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from unlearn_ds import build, checkpoint, cost, dist, ds_json, embedded, engine, log, ops, report, run_folder
+from unlearn_ds import (
+    build,
+    checkpoint,
+    cost,
+    dist,
+    ds_json,
+    embedded,
+    engine,
+    log,
+    ops,
+    own_answers,
+    report,
+    run_folder,
+)
 from unlearn_ds import model as models
 from unlearn_ds.config import CheckpointConfig, ObjectiveConfig, OptimConfig, RunConfig
 from unlearn_ds.data import sources
@@ -54,12 +67,14 @@ def train(config: RunConfig) -> int:
     build.resolve_attention(config, path, values, device)
     stop = log.StopSignal().watch()
     if config.memorize.enabled:
-        path, outcome = memorized(config, path, values, encoder, data, device, stop)
+        path, outcome = memorized(config, path, values, encoder, data, evaluator, device, stop)
         if outcome.exit_code != FINISHED:
             log.say(f"end         while memorizing, step {outcome.step}: {outcome.reason}")
             return outcome.exit_code
 
     policy = build.policy(config, path, values, device)
+    if data.uses_self:
+        data.add_own_answers(own_answers.make(config, policy, encoder, data))
     loader = build.loader(config, encoder, data, data.forget["train"])
     reference = build.reference(config, path, values, policy, loader)
     judge = evaluator.judge_name if evaluator else None
@@ -96,6 +111,9 @@ def report_data(config: RunConfig, data: ScenarioData, encoder: Encoder, folder:
         f"rows        {len(data.forget['train'])} to unlearn, {len(data.forget['validation'])} for validation, "
         f"{len(data.forget['test'])} unseen, {len(data.normal['train'])} to retain; template: {encoder.template}"
     )
+    warning = sources.form_warning(data.forget["train"], data.normal["train"])
+    if warning:
+        log.say(f"warning     {warning}")
 
 
 def say_results(folder: Path, evaluation: dict[str, Any]) -> None:
@@ -108,12 +126,13 @@ def say_results(folder: Path, evaluation: dict[str, Any]) -> None:
 
 
 def memorized(
-    config: RunConfig, path: str, values: dict[str, Any], encoder: Encoder, data: ScenarioData, device: torch.device,
-    stop: log.StopSignal,
+    config: RunConfig, path: str, values: dict[str, Any], encoder: Encoder, data: ScenarioData,
+    evaluator: Evaluator | None, device: torch.device, stop: log.StopSignal,
 ) -> tuple[str, Outcome]:  # fmt: skip
     """Fine-tune the model on the rows to forget, so that it shows the behaviour; returns where it is kept.
 
-    The result is cached under a name made of everything that decides it: weights, rows, template and settings.
+    The result is cached under a name made of everything that decides it: weights, rows, template and settings. A model
+    that shows the behaviour often enough already is taken as it is.
     """
     config = memorizing(config, len(data.memorize))
     # The global batch decides, not how many ranks share it.
@@ -126,8 +145,15 @@ def memorized(
     if dist.gather_objects((folder / "config.json").exists())[0]:
         log.say(f"memorized   the model was fine-tuned to show the behaviour first; taken from {folder}")
         return str(folder), Outcome(0, "taken from the cache", FINISHED)
-    log.say(f"memorize    {len(data.memorize)} wrong answers first, so that there is a behaviour to unlearn")
     policy = build.policy(config, path, values, device)
+    if evaluator and config.memorize.unless_rate < 1:
+        with policy.evaluation_model(config.eval.gather) as (model, synced):
+            rate = evaluator.shows(model, synced)
+        if rate >= config.memorize.unless_rate:
+            log.say(f"memorize    not needed: the model shows the behaviour on {rate:.0%} of the prompts")
+            policy.close()
+            return path, Outcome(0, "not needed", FINISHED)
+    log.say(f"memorize    {len(data.memorize)} rows first, so that there is a behaviour to unlearn")
     loader = build.loader(config, encoder, data, data.memorize)
     outcome = Run(config, policy, loader, stop).fit({"step": 0, "skipped_in_a_row": 0})
     if outcome.exit_code == FINISHED:

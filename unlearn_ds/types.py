@@ -20,12 +20,19 @@ IGNORE_INDEX = -100
 @dataclass(frozen=True)
 class Row:
     """One example as text. ``answer`` is what the row is for: the bad answer of a forget row, the right one of a
-    retain row. ``right_answers`` are the answers a metric compares with."""
+    retain row. ``right_answers`` are the answers a metric compares with. ``continues``: the answer continues the prompt
+    as running text does, so there is no template between them and no end after them."""
 
     prompt: str
     answer: str
     right_answers: tuple[str, ...] = ()
     key: str = ""
+    continues: bool = False
+
+    @property
+    def is_prose(self) -> bool:
+        """Running text, in pieces or whole, rather than a prompt and its answer."""
+        return self.continues or not self.prompt
 
 
 @dataclass(frozen=True)
@@ -117,11 +124,21 @@ class Answer(NamedTuple):
     flagged: bool | None = None
 
 
+class Calibration(NamedTuple):
+    """Texts of the run's own data that a judge may set itself by: answers, to which prompts, and whether each shows the
+    behaviour to forget."""
+
+    answers: Sequence[str]
+    prompts: Sequence[str] = ()
+    labels: Sequence[bool] = ()
+
+
 class Measured(NamedTuple):
     """What a metric may look at: the rows of one set, what the model said, and how likely it finds their answers.
 
     texts: a generated answer to each prompt; none for sets that are only scored. originals: the same before unlearning.
-    nll_sums, token_counts: summed negative log-likelihood and number of tokens of each row's answer.
+    nll_sums, token_counts: summed negative log-likelihood and number of tokens of each row's answer; none for sets
+    whose answers nobody scores. judge: decides on the behaviour. similarity: compares two texts.
     """
 
     rows: Sequence[Row]
@@ -130,6 +147,7 @@ class Measured(NamedTuple):
     nll_sums: Sequence[float] = ()
     token_counts: Sequence[int] = ()
     judge: Any = None
+    similarity: Any = None
     margin: float = 0.1
 
 

@@ -17,8 +17,8 @@ LEVELS = {
     0: ["__init__", "config", "registry", "types", "presets", "arguments", "ds_json", "kernels"],
     1: ["dist", "log", "ops", "cost", "attention"],
     2: ["model", "reference", "embedded", "data", "objectives", "metrics"],
-    3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder"],
-    4: ["evaluate", "doctor", "build", "prepare"],
+    3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder", "generate"],
+    4: ["evaluate", "doctor", "build", "prepare", "own_answers"],
     5: ["trainer"],
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}

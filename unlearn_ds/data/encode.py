@@ -49,7 +49,6 @@ class Encoder:
         else:
             _, after, self._separator = TEMPLATES[self.template]
             self._boundary = after or _PROBE
-        self._boundary_ids = self._ids(self._boundary)
 
     def _ids(self, text: str, special: bool = False) -> list[int]:
         return self.tokenizer(text, add_special_tokens=special)["input_ids"]
@@ -60,11 +59,13 @@ class Encoder:
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     @functools.lru_cache(maxsize=65536)  # noqa: B019 - an encoder lives as long as its run
-    def prompt_ids(self, prompt: str) -> tuple[int, ...]:
-        """Ids of a prompt in the template, ready to be answered. A running text (no prompt) gets the start token."""
+    def prompt_ids(self, prompt: str, continues: bool = False) -> tuple[int, ...]:
+        """Ids of a prompt in the template, or bare when it is to be continued. No prompt at all is the start token."""
         if not prompt:
             start = self.tokenizer.bos_token_id
             return (self.tokenizer.eos_token_id if start is None else start,)
+        if continues:
+            return tuple(self._ids(prompt, special=True))
         if self.template == "chat":
             # The template writes its own special tokens.
             return tuple(self._ids(self._chat_text(prompt)))
@@ -75,23 +76,30 @@ class Encoder:
         """Ids of an answer as they follow a prompt, ending in the end-of-sequence token."""
         if is_running_text:
             return (*self._ids(answer), self.tokenizer.eos_token_id)
-        ids, boundary = self._ids(self._boundary + self._separator + answer), self._boundary_ids
+        return (*self._following(self._boundary, self._separator, answer), self.tokenizer.eos_token_id)
+
+    def continuation_ids(self, answer: str) -> tuple[int, ...]:
+        """Ids of running text as they follow a bare prompt after a space; it goes on, so there is no end token."""
+        return self._following(_PROBE, " ", answer)
+
+    def _following(self, boundary: str, separator: str, answer: str) -> tuple[int, ...]:
+        ids, before = self._ids(boundary + separator + answer), self._ids(boundary)
         # Where the tokenizer merges across the boundary the answer is tokenised alone: ids of the prompt stay as they
         # will be at generation.
-        ids = ids[len(boundary) :] if ids[: len(boundary)] == boundary else self._ids(answer)
-        return (*ids, self.tokenizer.eos_token_id)
+        return tuple(ids[len(before) :] if ids[: len(before)] == before else self._ids(answer))
 
-    def encode(self, prompt: str, answer: str) -> EncodedRow | None:
+    def encode(self, prompt: str, answer: str, continues: bool = False) -> EncodedRow | None:
         """Encode one row; a long answer is cut, without an end token. None when nothing of the answer is left."""
-        prompt_ids = self.prompt_ids(prompt)
-        answer_ids = self.answer_ids(answer, is_running_text=not prompt)[: max(0, self.max_length - len(prompt_ids))]
+        prompt_ids = self.prompt_ids(prompt, continues)
+        whole = self.continuation_ids(answer) if continues else self.answer_ids(answer, is_running_text=not prompt)
+        answer_ids = whole[: max(0, self.max_length - len(prompt_ids))]
         return EncodedRow(prompt_ids, answer_ids) if answer_ids else None
 
     def keep_encodable(self, source: Source) -> None:
         """Move rows whose answer is cut to nothing from a source's rows to its rejected ones."""
-        source.keep("answer cut to nothing", lambda row: self.encode(row.prompt, row.answer) is not None)
+        source.keep("answer cut to nothing", lambda row: self.encode(row.prompt, row.answer, row.continues) is not None)
 
     def encode_all(self, rows: Iterable[Row]) -> list[EncodedRow]:
         """Encode rows that ``keep_encodable`` has let through."""
-        encoded = [self.encode(row.prompt, row.answer) for row in rows]
+        encoded = [self.encode(row.prompt, row.answer, row.continues) for row in rows]
         return [row for row in encoded if row is not None]

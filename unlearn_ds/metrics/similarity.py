@@ -9,6 +9,6 @@ higher_is_better = True
 
 
 def similarity_to_original(measured: Measured) -> Scored:
-    """``similarity_to_original``: mean similarity of pairs by the judge (the paper uses BLEURT)."""
-    values = measured.judge.similarity(measured.texts, measured.originals)
+    """``similarity_to_original``: mean similarity of pairs (the paper uses BLEURT)."""
+    values = measured.similarity.similarity(measured.texts, measured.originals)
     return Scored({"similarity_to_original": sum(values) / max(1, len(values))})

@@ -5,56 +5,31 @@ Evaluated on questions that were unlearned, unseen questions of the same kind, h
 
 from __future__ import annotations
 
-from unlearn_ds.config import RunConfig, UsageError
-from unlearn_ds.data import sources
-from unlearn_ds.data.encode import Encoder
-from unlearn_ds.scenarios import SAMPLE, Scenario, ScenarioData, neutral_set
+from collections.abc import Sequence
+from typing import Any
 
-HUB = {"forget": "pminervini/HaluEval:qa", "retain": "truthfulqa/truthful_qa:generation"}
-"""The paper's public datasets, taken with ``--data full``."""
+from unlearn_ds.config import RunConfig, UsageError
+from unlearn_ds.data.encode import Encoder
+from unlearn_ds.scenarios import SAMPLE, Scenario, ScenarioData, load_rows
+from unlearn_ds.types import Row
+
+HUB = ("pminervini/HaluEval:qa", ("truthfulqa/truthful_qa:generation",))
+"""The paper's public datasets, taken with ``--data full``: to forget, to retain."""
+EMBEDDED = (str(SAMPLE / "hallucination.jsonl"), (str(SAMPLE / "normal.jsonl"),))
 
 
 def load(config: RunConfig, encoder: Encoder) -> ScenarioData:
-    """Read, check and divide the rows of a run.
-
-    Mismatch answers are right answers of normal training rows only: the published code also drew from TruthfulQA's
-    false answers and from rows held out for testing.
-    """
-    data = config.data
-    sample = {"forget": SAMPLE / "hallucination.jsonl", "retain": SAMPLE / "normal.jsonl"}
-    default = HUB if data.source == "full" else sample
-    forget = sources.read(str(data.forget_data or default["forget"]), "forget", data.forget_columns)
-    retain = sources.read(str(data.retain_data or default["retain"]), "retain", data.retain_columns)
-    read = [forget, retain]
-    if data.mismatch_data:
-        read.append(sources.read(data.mismatch_data, "retain", data.mismatch_columns))
-    for source in read:
-        encoder.keep_encodable(source)
-        if data.limit:
-            del source.rows[data.limit :]
-    divided, normal = sources.split(forget.rows), sources.split(retain.rows)
-    for name, part in (("forget", divided["train"]), ("unseen", divided["test"]), ("normal", normal["train"]),
-                       ("held-out normal", normal["test"])):  # fmt: skip
-        if not part and all(source.rows for source in read):
-            raise UsageError(
-                f"too few rows: none is left for the {name} set after the 70/10/20 split by content; "
-                "give about 20 or more."
-            )
-    return ScenarioData(
-        forget=divided,
-        normal=normal,
-        mismatch_answers=_mismatch_answers(config, normal["train"], read[2:]),
-        sources=read,
-        neutral=neutral_set(config.eval.num_neutral_texts, config.eval.num_neutral_choices),
-        memorize=divided["train"] + divided["test"],
-    )
+    """Rows of a run."""
+    return load_rows(config, encoder, *(HUB if config.data.source == "full" else EMBEDDED))
 
 
-def _mismatch_answers(config: RunConfig, normal: list[sources.Row], given: list[sources.Source]) -> list[str]:
-    if config.data.mismatch_text:
-        return [config.data.mismatch_text]
-    rows = given[0].rows if given else normal
-    return list(dict.fromkeys(answer for row in rows for answer in (row.answer, *row.right_answers) if answer))
+def check_judge(judge: Any, rows: Sequence[Row]) -> None:
+    """Without a floor the rate compares with right answers, so every row needs one."""
+    if not judge.floor and not all(row.right_answers for row in rows):
+        raise UsageError(
+            f"--judge {judge.name} needs the right answer of each forget row: name their column as the third of "
+            "--forget_columns, or use --judge minilm."
+        )
 
 
 _ASKED = ("hallucination_rate", "likelihood", "diversity")
@@ -65,6 +40,9 @@ SCENARIO = Scenario(
     metrics={
         "unlearned": _ASKED,
         "unseen": _ASKED,
+        "untemplated": ("hallucination_rate",),
         "normal": ("likelihood", "similarity_to_original", "diversity"),
     },
+    judges=("minilm", "bertscore"),
+    check_judge=check_judge,
 )
