@@ -72,7 +72,26 @@ SCENARIO_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 """scenario -> dotted knob -> value, where it differs from the general default; a preset replaces it."""
 
-PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {"hallucination": _HALLUCINATION}
+# Measured on the embedded model; README, "Results".
+_HARMFUL = {
+    "smollm2-135m": {
+        **_HALLUCINATION["smollm2-135m"],
+    },
+}
+_COPYRIGHT = {
+    "smollm2-135m": {
+        **_HALLUCINATION["smollm2-135m"],
+        "memorize.epochs": 6,
+        "memorize.batch_size": 8,
+        "memorize.eps_retain": 0.1,
+    },
+}
+
+PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "hallucination": _HALLUCINATION,
+    "harmful": _HARMFUL,
+    "copyright": _COPYRIGHT,
+}
 """scenario -> preset -> dotted knob -> value."""
 
 EMBEDDED_PRESET = "smollm2-135m"
