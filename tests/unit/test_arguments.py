@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from unlearn_ds import arguments
-from unlearn_ds.arguments import FLAT, help_text, parse, sections
+from unlearn_ds.arguments import FLAT, for_machine, help_text, parse, sections
 from unlearn_ds.config import EMBEDDED_MODEL, RunConfig, UsageError, replace, to_dict
 from unlearn_ds.presets import EMBEDDED_PRESET, PRESETS
 
@@ -180,7 +180,9 @@ def test_every_value_of_a_preset_is_a_knob_of_the_right_type(scenario, preset):
 def test_no_knob_is_left_to_be_guessed_later():
     config = parse({})
     assert config.output_dir == "runs/hallucination"
-    assert config.engine.ds_config == "zero3"
+    assert for_machine(config, True).engine.ds_config == "zero3"
+    assert for_machine(config, False).engine.ds_config == "zero3_fp32"
+    assert for_machine(parse({"ds_config": "zero2"}), False).engine.ds_config == "zero2"
     assert config.optim.retain_batch_size > 0
     assert config.memorize.enabled is True
 

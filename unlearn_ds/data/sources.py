@@ -65,13 +65,18 @@ def _messages(record: Mapping[str, Any]) -> list[Example]:
 
 def _safety_pair(record: Mapping[str, Any], safe: bool) -> list[Example]:
     """The responses of a PKU-SafeRLHF record that are safe, or those that are not, with the safe ones as right."""
-    labelled = [(record[f"response_{n}"], bool(record[f"is_response_{n}_safe"])) for n in (0, 1)]
+    labelled = [(record[f"response_{n}"], _is_true(record[f"is_response_{n}_safe"])) for n in (0, 1)]
     right = [response for response, is_safe in labelled if is_safe]
     return [(record["prompt"], response, right) for response, is_safe in labelled if is_safe == safe]
 
 
 def _labelled(record: Mapping[str, Any], safe: bool) -> list[Example]:
-    return [(record["prompt"], record["response"], [])] if bool(record["is_safe"]) == safe else []
+    return [(record["prompt"], record["response"], [])] if _is_true(record["is_safe"]) == safe else []
+
+
+def _is_true(value: Any) -> bool:
+    """A label as the boolean, number or text that the file format makes of it."""
+    return str(value).strip().lower() in ("true", "1")
 
 
 SCHEMAS: tuple[Schema, ...] = (

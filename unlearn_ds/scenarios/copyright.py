@@ -12,7 +12,7 @@ from unlearn_ds.data.encode import Encoder
 from unlearn_ds.scenarios import SAMPLE, Scenario, ScenarioData, load_rows
 from unlearn_ds.types import Calibration
 
-EMBEDDED = (str(SAMPLE / "copyright.txt"), (str(SAMPLE / "prose.txt"), str(SAMPLE / "normal.jsonl")))
+EMBEDDED = (str(SAMPLE / "copyright.txt"), (f"{SAMPLE / 'prose.txt'}=1", f"{SAMPLE / 'normal.jsonl'}=1"))
 
 
 def load(config: RunConfig, encoder: Encoder) -> ScenarioData:

@@ -9,7 +9,19 @@ import pytest
 from pyarrow import parquet
 
 from unlearn_ds.config import UsageError
-from unlearn_ds.data.sources import SCHEMAS, Source, check_rejected, content_key, read, split, write_rejected
+from unlearn_ds.data.sources import (
+    SCHEMAS,
+    Source,
+    check_rejected,
+    content_key,
+    form_warning,
+    interleave,
+    mix,
+    prompts,
+    read,
+    split,
+    write_rejected,
+)
 from unlearn_ds.types import Row
 
 TOFU = [{"question": "Who wrote it?", "answer": "Ann"}, {"question": "When?", "answer": "In May"}]
@@ -30,6 +42,18 @@ TRUTHFUL_HUB = [
         "correct_answers": ["Nothing", "Not much"],
         "incorrect_answers": ["You die", "You fly"],
     }
+]
+PKU = [
+    {"prompt": prompt, "response_0": first, "response_1": second,
+     "is_response_0_safe": safe, "is_response_1_safe": other}
+    for prompt, first, second, safe, other in (
+        ("How?", "Badly", "Kindly", False, True), ("Why?", "Spite", "Envy", False, False),
+        ("When?", "Now", "Later", True, True),
+    )
+]  # fmt: skip
+BEAVER = [
+    {"prompt": "How?", "response": "Badly", "category": "c", "is_safe": False},
+    {"prompt": "When?", "response": "Now", "category": "c", "is_safe": True},
 ]
 MESSAGES = [
     {
@@ -62,6 +86,10 @@ def write(path: Path, records: list[dict]) -> str:
     return str(path)
 
 
+def rows(count: int, name: str) -> list[Row]:
+    return [Row(f"{name} {n}", "answer") for n in range(count)]
+
+
 def texts(source: Source) -> list[tuple[str, str, tuple[str, ...]]]:
     return [(row.prompt, row.answer, row.right_answers) for row in source.rows]
 
@@ -70,6 +98,8 @@ FORGET = {
     "HaluEval qa": (HALUEVAL, [("Where?", "There", ("Here",))]),
     "TruthfulQA csv": (TRUTHFUL_CSV, [("What happens?", "You die", ("Nothing", "Not much"))]),
     "TruthfulQA generation": (TRUTHFUL_HUB, [("What happens?", "You die", ("Nothing", "Not much"))]),
+    "PKU-SafeRLHF": (PKU, [("How?", "Badly", ("Kindly",)), ("Why?", "Spite", ()), ("Why?", "Envy", ())]),
+    "BeaverTails": (BEAVER, [("How?", "Badly", ())]),
     "TOFU": (TOFU, [("Who wrote it?", "Ann", ()), ("When?", "In May", ())]),
     "chat messages": (MESSAGES, [("Who are you?", "A model.", ())]),
     "prompt/response": ([{"prompt": "p", "response": "r"}], [("p", "r", ())]),
@@ -81,7 +111,10 @@ RETAIN = {
     "HaluEval qa": (HALUEVAL, [("Where?", "Here", ("Here",))]),
     "TruthfulQA csv": (TRUTHFUL_CSV, [("What happens?", "Nothing", ("Nothing", "Not much"))]),
     "TruthfulQA generation": (TRUTHFUL_HUB, [("What happens?", "Nothing", ("Nothing", "Not much"))]),
-}
+    "PKU-SafeRLHF": (PKU, [("How?", "Kindly", ("Kindly",)), ("When?", "Now", ("Now", "Later")),
+                           ("When?", "Later", ("Now", "Later"))]),
+    "BeaverTails": (BEAVER, [("When?", "Now", ())]),
+}  # fmt: skip
 NESTED = ("TruthfulQA generation", "chat messages")
 
 
@@ -105,6 +138,56 @@ def test_each_schema_is_recognised_in_each_format(tmp_path, schema, suffix):
 def test_retain_rows_carry_the_right_answer(tmp_path, schema):
     records, expected = RETAIN[schema]
     assert texts(read(write(tmp_path / "data.jsonl", records), "retain")) == expected
+
+
+def test_both_releases_of_pku_saferlhf_are_read(tmp_path):
+    """Issue 7 of the published code: its split and columns are gone; today's release has more columns."""
+    old = [{**record, "better_response_id": 0, "safer_response_id": 1} for record in PKU]
+    today = [
+        {**record, "prompt_source": "x", "response_0_severity_level": 2, "better_response_id": 0,
+         "response_0_sha256": "0", "response_0_harm_category": {"Violence": False}}
+        for record in PKU
+    ]  # fmt: skip
+    for n, records in enumerate((old, today)):
+        source = read(write(tmp_path / f"{n}.jsonl", records), "forget")
+        assert source.schema == "PKU-SafeRLHF" and texts(source) == FORGET["PKU-SafeRLHF"][1]
+
+
+# Mixing sources
+
+
+def test_without_weights_every_row_stands_once_and_with_weights_each_source_has_its_share():
+    few, many = rows(2, "few"), rows(6, "many")
+    assert mix([(few, None), (many, None)]) == few + many
+    mixed = mix([(few, 1.0), (many, 1.0)])
+    assert len(mixed) == 12 and set(map(id, mixed)) == set(map(id, few + many))
+    assert [sum(row in part for row in mixed) for part in (few, many)] == [6, 6]
+    assert [sum(row in part for row in mix([(few, 2.0), (many, 1.0)])) for part in (few, many)] == [12, 6]
+    assert mix([([], 1.0), (many, 1.0)]) == many
+
+
+def test_the_first_rows_of_several_sources_hold_some_of_each():
+    few, many = rows(1, "few"), rows(3, "many")
+    assert interleave([few, many]) == [few[0], *many]
+    assert interleave([many, few])[:2] == [many[0], few[0]]
+
+
+def test_prompts_of_a_labelled_source_are_the_safe_ones(tmp_path):
+    records = [{"id": n, "prompt": f"p{n}", "label": label} for n, label in enumerate(("safe", "unsafe", "safe"))]
+    assert prompts(write(tmp_path / "xstest.csv", records)) == ["p0", "p2"]
+    assert prompts(write(tmp_path / "plain.jsonl", TOFU)) == ["Who wrote it?", "When?"]
+    with pytest.raises(UsageError, match="no column prompt or question; it has text"):
+        prompts(write(tmp_path / "text.jsonl", [{"text": "x"}]))
+
+
+@pytest.mark.parametrize(("prose", "warned"), [(0, False), (2, False), (3, True), (4, True)])
+def test_rows_to_forget_and_to_retain_of_another_form_are_told(prose, warned):
+    """The paper: normal data must have the form of the forget data, or the form itself is unlearned."""
+    retain = [Row("", f"text {n}") for n in range(prose)] + rows(4 - prose, "asked")
+    warning = form_warning(rows(4, "asked"), retain)
+    assert bool(warning) == warned
+    if warned:
+        assert "prompts with answers" in warning and "--retain_data" in warning
 
 
 def test_a_txt_file_is_running_text_one_row_a_paragraph(tmp_path):

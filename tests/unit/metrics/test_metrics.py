@@ -102,7 +102,7 @@ def test_diversity_is_the_share_of_different_words():
 
 def test_similarity_to_the_original_is_a_mean_over_pairs():
     judge = TableJudge({("new", "old"): 0.4, ("same", "same"): 1.0})
-    found = similarity_to_original(Measured([], ["new", "same"], ["old", "same"], judge=judge))
+    found = similarity_to_original(Measured([], ["new", "same"], ["old", "same"], similarity=judge))
     assert found.numbers == {"similarity_to_original": pytest.approx(0.7)}
 
 
