@@ -150,7 +150,7 @@ class Evaluator:
         out_BL = causal_lm.generate(
             input_ids=ids_BL, attention_mask=mask_BL, max_new_tokens=self.config.max_new_tokens, do_sample=False,
             temperature=None, top_p=None, top_k=None, repetition_penalty=None,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=pad, synced_gpus=synced,
+            eos_token_id=[self.encoder.end_id, tokenizer.eos_token_id], pad_token_id=pad, synced_gpus=synced,
         )  # fmt: skip
         texts = tokenizer.batch_decode(out_BL[:, longest:], skip_special_tokens=True)
         return [text.strip() for text in texts]
