@@ -25,7 +25,7 @@ FORMATS = {
     "qwen3": "sharded", "gemma2": "safetensors", "gemma3": "bin", "gpt_neox": "safetensors", "phi3": "safetensors",
 }  # fmt: skip
 """Architecture -> file format it is loaded from."""
-GENERATION = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+GENERATION = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
 def prompts():
