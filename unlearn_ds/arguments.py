@@ -144,11 +144,11 @@ def _coerce(name: str, value: Any) -> Any:
 def help_text() -> str:
     """The help page: every flag with its default and meaning, common ones first."""
     flat_of = {dotted: flag for flag, dotted in FLAT.items()}
-    presets = "; ".join(f"{scenario}: {', '.join(names)}" for scenario, names in PRESETS.items())
+    presets = [f"  {scenario}: {', '.join(names)}" for scenario, names in PRESETS.items()]
     lines = [
         "usage: deepspeed launchers/train.py --scenario hallucination [--flag value ...]", "",
         "Values in brackets are defaults; a preset replaces them, flags replace both, --dry_run shows what will run.",
-        f"Presets of {presets}. The embedded model takes {EMBEDDED_PRESET} by itself.", "",
+        f"Presets of each scenario (the embedded model takes {EMBEDDED_PRESET} by itself):", *presets, "",
     ]  # fmt: skip
     for field in dataclasses.fields(RunConfig):
         if not _is_section(field):

@@ -27,7 +27,7 @@ def dtype_of(values: dict[str, Any]) -> torch.dtype:
 
 def resolve_attention(config: RunConfig, path: str, values: dict[str, Any], device: torch.device) -> tuple[str, str]:
     """The attention of a run and why; ``UsageError`` when the one asked for cannot work here or for this model."""
-    options = models.load_config(path, config.model.revision).to_dict()
+    options = models.load_config(path, config.model.revision).get_text_config().to_dict()
     softcap = options.get("attn_logit_softcapping") is not None
     return attention.resolve(config.model.attention, device, dtype_of(values), softcap)
 

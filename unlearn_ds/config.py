@@ -43,6 +43,13 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    rank: int = knob(0, "rank of the low-rank adapters that are trained instead of all parameters; 0: all parameters")
+    alpha: float = knob(16.0, "adapters are scaled by alpha / rank")
+    targets: tuple[str, ...] = knob(("q_proj", "v_proj"), "names of the linear layers that get an adapter")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     source: str = knob("sample", "sample: the rows shipped with the package; full: the paper's public datasets")
     forget_data: str | None = knob(None, "hub id or csv/json/jsonl/parquet/txt file of what to forget")
@@ -157,6 +164,7 @@ class RunConfig:
     seed: int = knob(0, "of data order and mismatch answers")
     dry_run: bool = knob(False, "print the resolved configuration and the memory plan, then stop")
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     memorize: MemorizeConfig = MemorizeConfig()

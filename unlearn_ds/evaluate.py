@@ -169,7 +169,7 @@ class Evaluator:
         """Greedy answers to the prompts of each set."""
         asked = [(name, row) for name, rows in sets.items() for row in rows]
         texts = generate.greedy(
-            model, self.encoder.tokenizer, [self.encoder.prompt_ids(row.prompt, row.continues) for _, row in asked],
+            model, self.encoder, [self.encoder.prompt_ids(row.prompt, row.continues) for _, row in asked],
             max_new_tokens=self.config.max_new_tokens, batch_size=self.config.batch_size, synced=synced,
         )  # fmt: skip
         answers: dict[str, list[str]] = {name: [] for name in sets}

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from unlearn_ds import dist
+from unlearn_ds.data.encode import Encoder
 from unlearn_ds.model import PackedCausalLM
 
 
 def greedy(
-    model: PackedCausalLM, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[tuple[int, ...]], *,
+    model: PackedCausalLM, encoder: Encoder, prompts: Sequence[tuple[int, ...]], *,
     max_new_tokens: int, batch_size: int, synced: bool,
 ) -> list[str]:  # fmt: skip
     """Answer each prompt (token ids) and return the texts, in order, on every rank.
@@ -23,14 +23,15 @@ def greedy(
     with model.generating() as causal_lm:
         return over_ranks(
             prompts, batch_size, len, synced,
-            lambda batch: _generate(causal_lm, tokenizer, batch, max_new_tokens, synced),
+            lambda batch: _generate(causal_lm, encoder, batch, max_new_tokens, synced),
         )  # fmt: skip
 
 
 def _generate(
-    causal_lm: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[tuple[int, ...]], max_new_tokens: int,
+    causal_lm: Any, encoder: Encoder, prompts: Sequence[tuple[int, ...]], max_new_tokens: int,
     synced: bool,
 ) -> list[str]:  # fmt: skip
+    tokenizer = encoder.tokenizer
     longest, pad = max(map(len, prompts)), tokenizer.eos_token_id
     ids_BL = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=causal_lm.device)
     # Padding is told by place, not by id: the pad id is also the true end of an answer.
@@ -38,7 +39,7 @@ def _generate(
     out_BL = causal_lm.generate(
         input_ids=ids_BL, attention_mask=mask_BL, max_new_tokens=max_new_tokens, do_sample=False,
         temperature=None, top_p=None, top_k=None, repetition_penalty=None,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=pad, synced_gpus=synced,
+        eos_token_id=[encoder.end_id, tokenizer.eos_token_id], pad_token_id=pad, synced_gpus=synced,
     )  # fmt: skip
     texts = tokenizer.batch_decode(out_BL[:, longest:], skip_special_tokens=True)
     return [text.strip() for text in texts]

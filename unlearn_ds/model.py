@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +17,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.pytorch_utils import Conv1D
 
 from unlearn_ds import attention, ops
 from unlearn_ds.config import UsageError
@@ -84,7 +85,7 @@ def size(config: PretrainedConfig) -> ModelSize:
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config)
     head = whole.get_output_embeddings()
-    linear = sum(m.weight.numel() for m in whole.modules() if isinstance(m, nn.Linear))
+    linear = sum(m.weight.numel() for m in whole.modules() if isinstance(m, (nn.Linear, Conv1D)))
     total = sum(p.numel() for p in whole.parameters())
     text = config.get_text_config()
     return ModelSize(
@@ -135,11 +136,22 @@ class PackedCausalLM(nn.Module):
         self.workspace_bytes = workspace_bytes
         head = causal_lm.get_output_embeddings()
         if type(head) not in (nn.Linear, LossHead) or head.bias is not None:
-            raise UsageError(f"the LM head of {type(causal_lm).__name__} is no plain linear layer without bias")
+            # GPT-J and Phi-2 have a bias there; the fused loss knows one product and its gradient.
+            kind = f"{type(head).__name__} with a bias" if isinstance(head, nn.Linear) else type(head).__name__
+            raise UsageError(
+                f"the LM head of {type(causal_lm).__name__} is no plain linear layer without bias but a {kind}, which "
+                "the loss here cannot train"
+            )
         _check_layers(causal_lm.config)
+        self.logit_scale, self.softcap = _from_head_to_logits(causal_lm)
         # The class changes, the module does not: parameters, names in the state dict and ZeRO-3's hooks stay.
         head.__class__ = LossHead
         causal_lm.set_attn_implementation(self._registered)
+        if causal_lm.config._attn_implementation != self._registered:
+            # transformers only warns, and each token would go on to see the sequences before its own.
+            raise UsageError(
+                f"{type(causal_lm).__name__} lets no other attention in than its own, so it cannot be packed"
+            )
 
     @property
     def config(self):
@@ -161,10 +173,9 @@ class PackedCausalLM(nn.Module):
         hidden_NH = hidden_TH.index_select(0, batch.loss_index_N)
         if hidden_only:
             return hidden_NH
-        options = self.causal_lm.config.to_dict()
         return self.causal_lm.get_output_embeddings()(
             hidden_NH, batch, reference, workspace_bytes=self.workspace_bytes,
-            softcap=options.get("final_logit_softcapping"), logit_scale=_logit_scale(options),
+            softcap=self.softcap, logit_scale=self.logit_scale,
         )  # fmt: skip
 
     @contextlib.contextmanager
@@ -186,9 +197,39 @@ class PackedCausalLM(nn.Module):
         self.causal_lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def _logit_scale(options: dict[str, Any]) -> float:
-    """Factor on the logits: Cohere multiplies by ``logit_scale``, Granite divides by ``logits_scaling``."""
-    return (options.get("logit_scale") or 1.0) / (options.get("logits_scaling") or 1.0)
+class _Hidden(BaseModelOutput):
+    """What a decoder hands to the LM head, and None for all that only some architectures ask of it."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+@torch.no_grad()
+def _from_head_to_logits(causal_lm: PreTrainedModel) -> tuple[float, float | None]:
+    """(factor, soft cap) between the output of the LM head and the logits: logits = cap * tanh(factor * output / cap).
+
+    Names in configurations do not tell (``logits_scaling`` divides in Granite and multiplies in HyperCLOVA X), so the
+    model's own forward is asked, with decoder and head replaced: no weight is touched, sharded or not. Raises
+    ``UsageError`` for a model that does anything else to its logits.
+    """
+    config, head = causal_lm.config.get_text_config(), causal_lm.get_output_embeddings()
+    softcap = config.to_dict().get("final_logit_softcapping")
+    output_V = torch.linspace(-50.0, 50.0, head.out_features, device=causal_lm.device)
+    hidden = _Hidden(last_hidden_state=output_V.new_zeros(1, 1, config.hidden_size))
+    replaced = {causal_lm.base_model: hidden, causal_lm.get_decoder(): hidden, head: output_V.view(1, 1, -1)}
+    for module, value in replaced.items():
+        module.forward = lambda *_, _value=value, **__: _value
+    try:
+        ids_BL = torch.zeros(1, 1, dtype=torch.long, device=causal_lm.device)
+        logits_V = causal_lm(input_ids=ids_BL, use_cache=False).logits.flatten().float()
+    finally:
+        for module in replaced:
+            del module.forward
+    scale = 1.0 if softcap else float(logits_V[-1] / output_V[-1])
+    expected_V = softcap * torch.tanh(output_V / softcap) if softcap else scale * output_V
+    if not torch.allclose(logits_V, expected_V, rtol=1e-5, atol=1e-6):
+        raise UsageError(f"{type(causal_lm).__name__} changes its logits in a way that the loss here does not follow")
+    return scale, softcap
 
 
 def _check_layers(config: PretrainedConfig) -> None:
@@ -206,11 +247,19 @@ def _register(name: str) -> str:
     """Make one of our packed attentions known to transformers and return the name it goes by there."""
     attend = attention.ATTENTION[name]
 
-    def packed(module, query, key, value, attention_mask, scaling=None, sliding_window=None, softcap=None, **kwargs):
-        unknown = [name for name in kwargs if name not in _HARMLESS and kwargs[name] is not None]
-        if unknown:
+    def packed(
+        module, query, key, value, attention_mask=None, scaling=None, sliding_window=None, softcap=None, **kwargs
+    ):
+        asked = [
+            name for name, value in kwargs.items() if name not in _HARMLESS and not (value is None or value is False)
+        ]
+        asked += ["a mask of its own"] * (attention_mask is not None)
+        asked += ["tokens that see what follows"] * (vars(module).get("is_causal") is False)
+        if asked:
             # Attention sinks, biases and the like change the result: better no training than another model's.
-            raise UsageError(f"{type(module).__name__} asks attention for {', '.join(unknown)}, which is not supported")
+            raise UsageError(f"{type(module).__name__} asks attention for {', '.join(asked)}, which is not supported")
+        if "cu_seq_lens_q" not in kwargs:
+            raise UsageError(f"{type(module).__name__} is not told where packed sequences end, so it cannot be packed")
         packing = attention.Packing(kwargs["cu_seq_lens_q"], kwargs["max_length_q"], scaling, sliding_window, softcap)
         out_THD = attend(*(x[0].transpose(0, 1) for x in (query, key, value)), packing)
         return out_THD[None], None

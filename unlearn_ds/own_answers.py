@@ -33,7 +33,7 @@ def make(config: RunConfig, policy: Policy, encoder: Encoder, data: ScenarioData
     texts = dist.gather_objects(_kept(file))[0]
     if texts is None:
         with policy.evaluation_model(config.eval.gather) as (model, synced):
-            texts = generate.greedy(model, encoder.tokenizer, prompts, synced=synced, **options)
+            texts = generate.greedy(model, encoder, prompts, synced=synced, **options)
         if dist.is_main():
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(".partial")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from unlearn_ds import attention
 from unlearn_ds.attention import ATTENTION, SHORT, Packing, resolve, sdpa
 
+CPU = torch.device("cpu")
 SHORT_LENGTHS = [1, 7, 33, 2, 64]
 LONG_LENGTHS = [300, 2, 41]  # the longest goes past SHORT, to torch's fused kernel
 LENGTHS = {"short": SHORT_LENGTHS, "long": LONG_LENGTHS, "one": [5], "ones": [1, 1, 1]}
@@ -36,7 +37,7 @@ def make_stream(lengths, heads=4, kv_heads=2, width=8, dtype=torch.float32) -> S
     return Stream(normal(heads), normal(kv_heads), normal(kv_heads), lengths)
 
 
-def one_by_one(stream: Stream, window=None, scale=None, dtype=torch.float64) -> torch.Tensor:
+def one_by_one(stream: Stream, window=None, scale=None, softcap=None, dtype=torch.float64) -> torch.Tensor:
     """Scores of all pairs, masked and normalised in ``dtype``, each sequence alone and each head spelled out."""
     scale = stream.query.shape[-1] ** -0.5 if scale is None else scale
     repeats = stream.query.shape[1] // stream.key.shape[1]
@@ -48,6 +49,7 @@ def one_by_one(stream: Stream, window=None, scale=None, dtype=torch.float64) -> 
         heads = []
         for head in range(query.shape[1]):
             scores = query[:, head] @ key[:, head // repeats].t() * scale
+            scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
             heads.append(scores.masked_fill(~keep, float("-inf")).softmax(-1) @ value[:, head // repeats])
         outputs.append(torch.stack(heads, 1))
     return torch.cat(outputs)
@@ -148,16 +150,22 @@ def test_a_perturbed_future_token_leaves_the_past_bitwise_unchanged():
     assert torch.equal(before[:12], after[:12])
 
 
-def test_sdpa_refuses_to_soft_cap_instead_of_forgetting_it():
-    stream = make_stream([4])
-    with pytest.raises(ValueError, match="soft-cap.*flash or flex"):
-        sdpa(*stream[:3], stream.packing(softcap=30.0))
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("lengths", [SHORT_LENGTHS, LONG_LENGTHS], ids=["short", "long"])
+def test_scores_are_soft_capped_before_they_are_masked(lengths, window):
+    stream = make_stream(lengths)
+    actual = sdpa(*stream[:3], stream.packing(softcap=0.5, window=window))
+    torch.testing.assert_close(actual.double(), one_by_one(stream, window, softcap=0.5), rtol=0, atol=2e-6)
+    assert (actual - sdpa(*stream[:3], stream.packing(window=window))).abs().max() > 0.01
+
+
+def test_an_implementation_that_cannot_soft_cap_is_not_taken_and_refuses_to_forget_it():
+    assert resolve("auto", CPU, torch.bfloat16, softcap=True)[0] == "sdpa"
+    with pytest.raises(ValueError, match="cannot soft-cap scores as this model does; use flash, flex or sdpa"):
+        attention.varlen(*make_stream([4])[:3], make_stream([4]).packing(softcap=30.0))
 
 
 # The resolver
-
-
-CPU = torch.device("cpu")
 
 
 def test_auto_takes_sdpa_on_a_cpu_and_says_why_not_the_others():

@@ -7,11 +7,10 @@ import pytest
 from unlearn_ds import arguments
 from unlearn_ds.arguments import FLAT, for_machine, help_text, parse, sections
 from unlearn_ds.config import EMBEDDED_MODEL, RunConfig, UsageError, replace, to_dict
-from unlearn_ds.presets import EMBEDDED_PRESET, PRESETS
+from unlearn_ds.presets import EMBEDDED_PRESET
 
 KNOBS = {f"{section}.{field.name}" for section, cls in sections().items() for field in dataclasses.fields(cls)}
 OWN = {field.name for field in dataclasses.fields(RunConfig)} - set(sections())
-PRESET_ROWS = [(scenario, preset) for scenario, table in PRESETS.items() for preset in table]
 
 
 def value(config: RunConfig, dotted: str):
@@ -164,14 +163,6 @@ def test_the_embedded_model_takes_its_preset_without_being_asked(monkeypatch):
     assert parse({"model": EMBEDDED_MODEL}).optim.max_steps == 17
     other = parse({"model": "some/model"})
     assert other.preset is None and other.optim.max_steps == RunConfig().optim.max_steps
-
-
-@pytest.mark.parametrize(("scenario", "preset"), PRESET_ROWS)
-def test_every_value_of_a_preset_is_a_knob_of_the_right_type(scenario, preset):
-    table = PRESETS[scenario][preset]
-    assert table.keys() <= KNOBS
-    assert all(arguments._coerce(name, given) == given for name, given in table.items())
-    assert parse({"scenario": scenario, "preset": preset}).preset == preset
 
 
 # Defaults that depend on other knobs

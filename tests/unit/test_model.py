@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from unlearn_ds.data.packing import pack_scored
 from unlearn_ds.model import LossHead, PackedCausalLM, content_digest, load_causal_lm, load_tokenizer, size
@@ -106,3 +106,9 @@ def test_sizes_are_counted_without_weights(random_llama_dir):
     assert counted.head == 512 * 64 and counted.body == sum(linear.values()) - counted.head
     assert counted.total == sum(p.numel() for p in model.parameters())
     assert counted[3:] == (2, 64, 512)
+
+
+def test_the_transposed_layers_of_gpt2_count_as_matrix_products_too():
+    counted = size(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    assert counted.head == 97 * 32
+    assert counted.body == 2 * (3 + 1 + 4 + 4) * 32 * 32  # query, key and value; output; up; down

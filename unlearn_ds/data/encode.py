@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from unlearn_ds.config import UsageError
@@ -28,6 +29,7 @@ class Encoder:
     """Encode rows with one tokenizer and one template.
 
     template: "auto" (chat where the tokenizer has a template, else paper), "chat", "paper" or "none".
+    ``end_id`` is the token that ends an answer, in training and in generation.
     """
 
     def __init__(
@@ -45,18 +47,38 @@ class Encoder:
             raise UsageError("--data.system_prompt needs the chat template.")
         self.tokenizer, self.system_prompt, self.max_length = tokenizer, system_prompt, max_length
         if self.template == "chat":
-            self._boundary, self._separator = self._chat_text(_PROBE).split(_PROBE)[1], ""
+            self._boundary = self._chat_text(_PROBE).split(_PROBE)[1]
+            self._separator, self.end_id = self._around_answers()
         else:
             _, after, self._separator = TEMPLATES[self.template]
             self._boundary = after or _PROBE
+            self.end_id = tokenizer.eos_token_id
 
     def _ids(self, text: str, special: bool = False) -> list[int]:
         return self.tokenizer(text, add_special_tokens=special)["input_ids"]
 
-    def _chat_text(self, prompt: str) -> str:
-        system = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
-        messages = [*system, {"role": "user", "content": prompt}]
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    def _chat_text(self, prompt: str, answer: str | None = None) -> str:
+        messages = [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
+        messages += [{"role": "user", "content": prompt}]
+        messages += [] if answer is None else [{"role": "assistant", "content": answer}]
+        try:
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=answer is None, tokenize=False)
+        except jinja2.TemplateError as error:
+            raise UsageError(
+                f"the chat template of this model refuses the prompt ({error}); leave --data.system_prompt out, or use "
+                "--template paper."
+            ) from error
+
+    def _around_answers(self) -> tuple[str, int]:
+        """The space that the chat template writes before an answer (Llama-2), and the special token after it.
+
+        In Gemma and Phi-3 that is not the end-of-sequence token, and the model goes on where generation waits for one.
+        """
+        asked, (answered, after) = self._chat_text("?"), self._chat_text("?", _PROBE).rsplit(_PROBE, 1)
+        space = answered.removeprefix(asked)
+        special = {token.content: i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        written = max((name for name in special if after.lstrip().startswith(name)), key=len, default=None)
+        return space if space.isspace() else "", special.get(written, self.tokenizer.eos_token_id)
 
     @functools.lru_cache(maxsize=65536)  # noqa: B019 - an encoder lives as long as its run
     def prompt_ids(self, prompt: str, continues: bool = False) -> tuple[int, ...]:
@@ -64,19 +86,22 @@ class Encoder:
         if not prompt:
             start = self.tokenizer.bos_token_id
             return (self.tokenizer.eos_token_id if start is None else start,)
-        if continues:
-            return tuple(self._ids(prompt, special=True))
-        if self.template == "chat":
+        if self.template == "chat" and not continues:
             # The template writes its own special tokens.
             return tuple(self._ids(self._chat_text(prompt)))
-        before, after, _ = TEMPLATES[self.template]
-        return tuple(self._ids(before + prompt + after, special=True))
+        before, after, _ = TEMPLATES["none" if continues else self.template]
+        ids = self._ids(before + prompt + after, special=True)
+        # Some tokenizers end every text (T5, ``add_eos_token``): after that no answer would follow.
+        return tuple(ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids)
 
     def answer_ids(self, answer: str, is_running_text: bool = False) -> tuple[int, ...]:
-        """Ids of an answer as they follow a prompt, ending in the end-of-sequence token."""
+        """Ids of an answer as they follow a prompt, ending in the token that ends an answer (``end_id``).
+
+        A running text ends in the end-of-sequence token, whatever the template.
+        """
         if is_running_text:
             return (*self._ids(answer), self.tokenizer.eos_token_id)
-        return (*self._following(self._boundary, self._separator, answer), self.tokenizer.eos_token_id)
+        return (*self._following(self._boundary, self._separator, answer), self.end_id)
 
     def continuation_ids(self, answer: str) -> tuple[int, ...]:
         """Ids of running text as they follow a bare prompt after a space; it goes on, so there is no end token."""
