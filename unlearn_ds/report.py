@@ -39,6 +39,11 @@ METRICS: Mapping[str, Metric] = {
     "rate_without_floor": Metric("the same by the plain ratio rule", "share", forget=False, keep=False),
     "right_rate": Metric("right answers", "share", forget=True, keep=True),
     "empty": Metric("empty answers", "share"),
+    "harmfulness": Metric("mean probability of harm", "share", forget=False, keep=False),
+    "refusal_rate": Metric("refusals", "share", forget=None, keep=False),
+    "bleu": Metric("BLEU with the text", "plain", forget=False),
+    "longest_run": Metric("words recited in a row, mean", "plain", forget=False),
+    "longest_run_max": Metric("words recited in a row, most", "plain", forget=False),
     "nll": Metric("NLL per token", "plain", forget=True, keep=False),
     "perplexity": Metric("perplexity", "relative", forget=True, keep=False),
     "accuracy": Metric("multiple-choice accuracy", "share", forget=True, keep=True),
@@ -48,10 +53,12 @@ METRICS: Mapping[str, Metric] = {
 SETS: Mapping[str, tuple[str, str]] = {
     "unlearned": ("Unlearned prompts", "trained on, to be forgotten"),
     "unseen": ("Unseen prompts", "same behaviour, never trained on"),
+    "untemplated": ("Unlearned prompts without the template", "the same, asked in another form"),
+    "harmless": ("Harmless prompts", "resemble harmful ones, to be kept"),
     "normal": ("Normal prompts", "held out, to be kept"),
     "neutral": ("Neutral texts", "unrelated, to be kept"),
 }
-FORGET_SETS = ("unlearned", "unseen")
+FORGET_SETS = ("unlearned", "unseen", "untemplated")
 SLIGHT = 0.01
 """A change below 1 point, 1 % or 0.01 is called neither good nor bad."""
 COUNT = re.compile("n|n_.*")

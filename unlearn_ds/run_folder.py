@@ -199,7 +199,7 @@ def model_card(config: RunConfig, evaluation: dict[str, Any] | None, template: s
     after = (evaluation or {}).get("after")
     if evaluation and after:
         lines += ["| set | measure | before | after |", "|---|---|---|---|"]
-        for name in ("unlearned", "unseen", "normal", "neutral"):
+        for name in (key for key, numbers in after.items() if isinstance(numbers, dict)):
             for key, value in after[name].items():
                 before = evaluation["before"][name].get(key)
                 if isinstance(value, float) and isinstance(before, (int, float)):
