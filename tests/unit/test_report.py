@@ -189,7 +189,9 @@ def test_counts_stand_in_the_heading_and_not_in_rows(evaluation):
     rows = report.rows(evaluation)
     assert rows and not [row for row in rows if row.key.startswith("n_") or row.key == "n"]
     shown = list(dict.fromkeys(row.set for row in rows))
-    assert set(shown) == {"unlearned", "unseen", "normal", "neutral"} and shown == [s for s in report.SETS if s in shown]
+    assert set(shown) == {"unlearned", "unseen", "normal", "neutral"} and shown == [
+        s for s in report.SETS if s in shown
+    ]
 
 
 @pytest.mark.parametrize(
