@@ -94,7 +94,7 @@ class ForgetLoss(Rule):
     @property
     def planned_end(self) -> float:
         jumped = self.state["jumped"]
-        return math.inf if jumped is None else jumped + round(self.settings.extra * jumped)
+        return math.inf if jumped is None else jumped + math.ceil(self.settings.extra * jumped - 1e-9)
 
     def after_step(self, line: Mapping[str, Any]) -> str | None:
         step, jumped = line["step"], self.state["jumped"]
