@@ -292,13 +292,13 @@ class Stopping:
                 return Stop(name, reason)
             if rule.planned_end != planned:
                 first = f"; --max_steps {self._max_steps} comes first" if rule.planned_end > self._max_steps else ""
-                self._say(f"stop        {name} asks for the end after step {rule.planned_end:g}{first}")
+                self._say(f"stop        {name} asks for the end after step {rule.planned_end:.0f}{first}")
         return None
 
     def after_last_step(self) -> str:
         """Why the run ends when all steps are done, and which rule had asked for more."""
         asked = {name: rule.planned_end for name, rule in self._rules.items() if rule.planned_end < math.inf}
-        more = "".join(f"; {name} had asked for {end:g}" for name, end in asked.items())
+        more = "".join(f"; {name} had asked for {end:.0f}" for name, end in asked.items())
         return f"all {self._max_steps} steps done{more}"
 
     def after_evaluation(self, result: Mapping[str, Any]) -> Stop | None:

@@ -11,11 +11,9 @@ from harness import SMALL_EVALUATION, ds_config, metrics, run, without_measured,
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
-JUMP, PATIENCE_STEPS, EXTRA = 5.0, 2, 3
-MEMORIZE = (
-    "--memorize", "--memorize.epochs", 20, "--memorize.learning_rate", 1e-2, "--batch_size", 4, *SMALL_EVALUATION,
-    "--eval.num_unlearned", 20,
-)  # fmt: skip
+JUMP, PATIENCE_STEPS, EXTRA = 8.0, 2, 3
+EVALUATION = (*SMALL_EVALUATION, "--eval.num_unlearned", 20)
+NOTHING_WRITTEN = ("--log.tensorboard", "false", "--checkpoint.export", "false", "--eval.enabled", "false")
 UNTOUCHED_ACCURACY = ("--stop.max_accuracy_drop", 1)  # four choices are too few to tell a drop
 
 
@@ -25,16 +23,25 @@ def trained(tmp_path_factory, tiny_model_dir):
     folder = tmp_path_factory.mktemp("stop")
     forget, retain = write_data(folder)
     common = [
-        "--model", tiny_model_dir, "--forget_data", forget, "--retain_data", retain, "--schedule", "constant",
-        "--warmup_ratio", 0, "--log.progress", "false", "--ds_config", ds_config(folder, 3, bf16=True),
+        "--forget_data", forget, "--retain_data", retain, "--schedule", "constant", "--warmup_ratio", 0,
+        "--batch_size", 4, "--log.progress", "false", "--ds_config", ds_config(folder, 3, bf16=True),
     ]  # fmt: skip
 
-    def finished(name, *flags, ranks=0):
-        done = run(folder / "cache", *common, "--output_dir", folder / name, *flags, ranks=ranks)
+    def finished(name, *flags, model=tiny_model_dir, ranks=0):
+        done = run(folder / "cache", *common, "--model", model, "--output_dir", folder / name, *flags, ranks=ranks)
         assert done.returncode == 0, done.stdout
         return folder / name, done.stdout
 
     return finished
+
+
+@pytest.fixture(scope="module")
+def memorized(trained):
+    """A model that gives the wrong answers, so that there is a rate to bring down."""
+    settings = ("--memorize", "--memorize.epochs", 25, "--memorize.batch_size", 16, "--memorize.learning_rate", 1e-2)
+    folder, _ = trained("memorized", *settings, *NOTHING_WRITTEN, "--max_steps", 1)
+    (found,) = folder.parent.glob("cache/memorized/*/config.json")
+    return found.parent
 
 
 def evaluation(folder):
@@ -69,8 +76,7 @@ def jump(lines):
 
 
 ASCENT = (
-    "--batch_size", 4, "--learning_rate", 3e-3, "--eval.enabled", "false", "--log.tensorboard", "false",
-    "--checkpoint.export", "false", "--stop.patience_steps", PATIENCE_STEPS, "--stop.extra", EXTRA,
+    *NOTHING_WRITTEN, "--learning_rate", 3e-3, "--stop.patience_steps", PATIENCE_STEPS, "--stop.extra", EXTRA,
 )  # fmt: skip
 SAVING = ("--save_every", 1, "--checkpoint.keep", 99)
 
@@ -138,11 +144,11 @@ def test_a_run_ends_once_the_mean_kl_of_the_window_is_above_the_budget(trained, 
 # The rate and its floor
 
 
-def test_a_rate_that_is_low_enough_ends_the_run_at_that_evaluation(trained):
+def test_a_rate_that_is_low_enough_ends_the_run_at_that_evaluation(trained, memorized):
     target, most = 0.1, 0.5
     folder, output = trained(
-        "rate", *MEMORIZE, "--learning_rate", 5e-4, "--max_steps", 20, "--eval_every", 1, "--stop", f"rate:{target}",
-        "--stop.max_perplexity_rise", most, *UNTOUCHED_ACCURACY,
+        "rate", *EVALUATION, "--learning_rate", 5e-4, "--max_steps", 20, "--eval_every", 1, "--stop", f"rate:{target}",
+        "--stop.max_perplexity_rise", most, *UNTOUCHED_ACCURACY, model=memorized,
     )  # fmt: skip
     found = evaluation(folder)
     before, *between, last = found["history"]
@@ -161,14 +167,14 @@ def test_a_rate_that_is_low_enough_ends_the_run_at_that_evaluation(trained):
 
 
 FLOOR = (
-    *MEMORIZE, *SAVING, "--learning_rate", 3e-3, "--max_steps", 8, "--eval_every", 2, "--stop", "rate:0.99",
+    *EVALUATION, *SAVING, "--learning_rate", 3e-3, "--max_steps", 8, "--eval_every", 2, "--stop", "rate:0.99",
     "--stop.max_perplexity_rise", 0, *UNTOUCHED_ACCURACY,
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def floored(trained):
-    return trained("floored", *FLOOR)
+def floored(trained, memorized):
+    return trained("floored", *FLOOR, model=memorized)
 
 
 def test_a_rate_without_the_utility_floor_goes_on_and_ends_with_the_least_violation(floored):
@@ -192,9 +198,9 @@ def test_a_rate_without_the_utility_floor_goes_on_and_ends_with_the_least_violat
     assert stop["reason"] in (folder / "report.html").read_text()
 
 
-def test_resuming_a_run_that_keeps_its_best_state_comes_to_the_same_end(trained, floored, tmp_path):
+def test_resuming_a_run_that_keeps_its_best_state_comes_to_the_same_end(trained, memorized, floored, tmp_path):
     copy = rewound(floored[0], tmp_path / "copy", 4)
-    _, output = trained(copy, *FLOOR, "--resume", "auto")
+    _, output = trained(copy, *FLOOR, "--resume", "auto", model=memorized)
     assert "resume      after step 4" in output
     assert evaluation(copy) == evaluation(floored[0])
     for name in ("answers.jsonl", "model/model.safetensors"):
@@ -205,13 +211,13 @@ def test_resuming_a_run_that_keeps_its_best_state_comes_to_the_same_end(trained,
 
 
 @pytest.mark.dist
-def test_patience_ends_the_run_and_the_best_state_is_what_is_exported(trained):
+def test_patience_ends_the_run_and_the_best_state_is_what_is_exported(trained, memorized):
     """On two ranks, where only the main one has judged the answers."""
     patience = 2
-    flags = [*MEMORIZE, "--batch_size", 2, "--learning_rate", 2e-3]
+    flags = ["--batch_size", 2, "--learning_rate", 2e-3]
     folder, output = trained(
-        "patience", *flags, "--max_steps", 20, "--eval_every", 2, "--stop", f"patience:{patience}",
-        "--stop.max_perplexity_rise", 3, *UNTOUCHED_ACCURACY, ranks=2,
+        "patience", *flags, *EVALUATION, "--max_steps", 20, "--eval_every", 2, "--stop",
+        f"patience:{patience}", "--stop.max_perplexity_rise", 3, *UNTOUCHED_ACCURACY, model=memorized, ranks=2,
     )  # fmt: skip
     found = evaluation(folder)
     before, *states = found["history"]
@@ -228,7 +234,8 @@ def test_patience_ends_the_run_and_the_best_state_is_what_is_exported(trained):
     assert found["after"] == best
     assert f"{stop['reason'].split('; ')[1]}: back to it" in output
 
-    straight, _ = trained("straight", *flags, "--max_steps", best["step"], "--eval.enabled", "false", ranks=2)
+    flags += ["--max_steps", best["step"], "--eval.enabled", "false"]
+    straight, _ = trained("straight", *flags, model=memorized, ranks=2)
     exported, expected = (load_file(path / "model" / "model.safetensors") for path in (folder, straight))
     assert exported.keys() == expected.keys()
     for name, weight in expected.items():
