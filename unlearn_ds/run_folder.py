@@ -18,7 +18,7 @@ from unlearn_ds.config import RunConfig, UsageError, fingerprint, to_dict
 from unlearn_ds.types import Answer
 
 _WRITTEN = ("config.json", "metrics.jsonl", "evaluation.json", "answers.jsonl", "rejected.jsonl", "report.html",
-            "tensorboard", "checkpoints", "model")  # fmt: skip
+            "tensorboard", "checkpoints", "best", "model")  # fmt: skip
 """What a run writes; ``--overwrite`` removes this and nothing else."""
 
 
@@ -156,18 +156,25 @@ class EvaluationRecord:
         }  # fmt: skip
 
     def add(self, result: dict[str, Any], answers: list[dict[str, Any]], name: str | None = None) -> None:
-        """Append one evaluation to the history; ``name`` is "before" or "after" for those two."""
-        earlier = [e for e in self.values["history"] if e["step"] < result["step"] or (name and e["step"] == 0)]
-        self.values["history"] = [*earlier, result]
+        """Append one evaluation to the history; ``name`` is "before" or "after" for those two.
+
+        What stands there of later steps comes from a run that was interrupted, and goes; unless ``result`` is "after"
+        and that of a state which the run went back to.
+        """
+        history, step = self.values["history"], result["step"]
+        if name == "after" and step in [entry["step"] for entry in history]:
+            self.values["history"] = [result if entry["step"] == step else entry for entry in history]
+        else:
+            self.values["history"] = [*(e for e in history if e["step"] < step or (name and e["step"] == 0)), result]
         if name:
             self.values[name] = result
         write_json(self._folder / "evaluation.json", self.values)
         lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]
         (self._folder / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
 
-    def end(self, step: int, reason: str, exit_code: int) -> None:
-        """Note why the run ended."""
-        self.values["stop"] = {"step": step, "reason": reason, "exit_code": exit_code}
+    def end(self, stop: dict[str, Any]) -> None:
+        """Note how the run ended: step, reason, exit_code, rule, best_step, floor_held."""
+        self.values["stop"] = stop
         if dist.is_main():
             write_json(self._folder / "evaluation.json", self.values)
 
@@ -196,6 +203,9 @@ def model_card(config: RunConfig, evaluation: dict[str, Any] | None, template: s
         + (f" and the system message {config.data.system_prompt!r}" if config.data.system_prompt is not None else "")
         + "; other forms of the same prompt were not measured.", "",
     ]  # fmt: skip
+    stop = (evaluation or {}).get("stop")
+    if stop:
+        lines += [f"Training ended after step {stop['step']}: {stop['reason']}.", ""]
     after = (evaluation or {}).get("after")
     if evaluation and after:
         lines += ["| set | measure | before | after |", "|---|---|---|---|"]

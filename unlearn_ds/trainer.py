@@ -28,13 +28,14 @@ from unlearn_ds import (
     run_folder,
 )
 from unlearn_ds import model as models
-from unlearn_ds.config import CheckpointConfig, ObjectiveConfig, OptimConfig, RunConfig
+from unlearn_ds.config import CheckpointConfig, ObjectiveConfig, OptimConfig, RunConfig, StopConfig
 from unlearn_ds.data import sources
 from unlearn_ds.data.encode import Encoder
 from unlearn_ds.data.loader import Loader
 from unlearn_ds.evaluate import Answers, Evaluator
 from unlearn_ds.registry import SCENARIOS, resolve
 from unlearn_ds.scenarios import ScenarioData
+from unlearn_ds.stopping import Stop, Stopping
 from unlearn_ds.types import PackedBatch, Term
 
 FINISHED, DIVERGED, STOPPED = 0, 3, 75
@@ -42,11 +43,12 @@ FINISHED, DIVERGED, STOPPED = 0, 3, 75
 
 
 class Outcome(NamedTuple):
-    """How a run ended: after which step, why, and with which exit code."""
+    """How a run ended: after which step, why, with which exit code, and by which rule when it is finished."""
 
     step: int
     reason: str
     exit_code: int
+    rule: str | None = None
 
 
 def train(config: RunConfig) -> int:
@@ -57,6 +59,7 @@ def train(config: RunConfig) -> int:
     folder = run_folder.open_run(config, engine.versions())
     values = ds_json.load(config.engine.ds_config)
     scenario = resolve("scenario", config.scenario, SCENARIOS)
+    stopping = build.stopping(config)
 
     path = embedded.locate(config.model.path)
     tokenizer = models.load_tokenizer(path, config.model.revision)
@@ -81,18 +84,15 @@ def train(config: RunConfig) -> int:
     record = run_folder.EvaluationRecord(folder, config.scenario, scenario.label, judge, bool(config.memorize.enabled))
     record.values["metrics"] = evaluator.metrics if evaluator else {}
 
-    run = Run(config, policy, loader, stop, reference, folder, evaluator, record)
+    run = Run(config, policy, loader, stop, stopping, reference, folder, evaluator, record)
     state = checkpoint.load_newest(policy, folder / "checkpoints") if config.checkpoint.resume == "auto" else None
-    if state is None:
-        run.evaluate(0, "before")
-    else:
-        log.say(f"resume      after step {state['step']}")
-        run.restore()
+    run.begin(state)
     outcome = run.fit(state or {"step": 0, "skipped_in_a_row": 0})
     log.say(f"end         step {outcome.step}: {outcome.reason}")
-    record.end(outcome.step, outcome.reason, outcome.exit_code)
+    record.end({**outcome._asdict(), **stopping.summary()})
     if outcome.exit_code == FINISHED:
-        run.evaluate(outcome.step, "after")
+        outcome = run.finish(outcome)
+        record.end({**outcome._asdict(), **stopping.summary()})
         if config.checkpoint.export:
             card = run_folder.model_card(config, record.values, encoder.template)
             engine.export(policy, folder / "model", tokenizer, card)
@@ -155,7 +155,7 @@ def memorized(
             return path, Outcome(0, "not needed", FINISHED)
     log.say(f"memorize    {len(data.memorize)} rows first, so that there is a behaviour to unlearn")
     loader = build.loader(config, encoder, data, data.memorize)
-    outcome = Run(config, policy, loader, stop).fit({"step": 0, "skipped_in_a_row": 0})
+    outcome = Run(config, policy, loader, stop, build.stopping(config)).fit({"step": 0, "skipped_in_a_row": 0})
     if outcome.exit_code == FINISHED:
         card = (
             f"# {config.model.path}, fine-tuned on {len(data.memorize)} wrong answers: only a subject for unlearning\n"
@@ -179,6 +179,7 @@ def memorizing(config: RunConfig, num_rows: int) -> RunConfig:
             retain_batch_size=math.ceil(memorize.batch_size / 4 / dist.world_size()),
         ),
         checkpoint=CheckpointConfig(),
+        stop=StopConfig(),
     )
 
 
@@ -190,40 +191,90 @@ class Run:
     policy: engine.Policy
     loader: Loader
     stop: log.StopSignal
+    stopping: Stopping
     reference: build.Reference | None = None
     folder: Path | None = None
     evaluator: Evaluator | None = None
     record: run_folder.EvaluationRecord | None = None
     originals: Answers = field(default_factory=dict)
+    measured: tuple[int, dict[str, Any], Answers] | None = None
+    """Step, numbers and answers of the newest evaluation."""
 
     def __post_init__(self) -> None:
         self.size = models.size(self.policy.model.config)
         self.peak_flops = cost.peak_flops(engine.device_name())
 
-    def fit(self, state: dict[str, int]) -> Outcome:
-        """Take optimizer steps until they are done, the model diverges, or a signal asks to stop."""
+    def begin(self, state: dict[str, Any] | None) -> None:
+        """Evaluate before the first step, or take up state and record of the run that is being resumed."""
+        if state is None:
+            self.stopping.after_evaluation(self.evaluate(0, "before"))
+        else:
+            log.say(f"resume      after step {state['step']}")
+            self.stopping.restore(state["stopping"])
+            if self.record is not None and dist.is_main():
+                self.originals = self.record.restore()
+        if not checkpoint.keep_only(self.folder / "best", self.stopping.best_step):
+            log.say(f"best        the state of step {self.stopping.best_step} is gone: the best one is looked for anew")
+            self.stopping.forget_best()
+
+    def fit(self, state: dict[str, Any]) -> Outcome:
+        """Take optimizer steps until they are done, a stop rule fires, the model diverges, or a signal asks to stop.
+
+        A state is evaluated at the start of the next step: after its checkpoint, which therefore never knows of it.
+        """
         config, total = self.config, self.config.optim.max_steps
         progress = log.Progress(total, state["step"], config.objective.name, config.log.progress)
         with progress, log.MetricsLog(self.folder, config.log.tensorboard, state["step"]) as metrics:
             for step in range(state["step"] + 1, total + 1):
-                line, stopping = self.step(step, self.stop.asked)
+                if due(step - 1, config.eval.every) and (fired := self.consider(self.evaluate(step - 1), metrics)):
+                    return Outcome(step - 1, fired.reason, FINISHED, fired.rule)
+                line, signalled = self.step(step, self.stop.asked)
                 metrics.write(run_folder.finite(line))
-                progress.update({name: line[f"loss_{name}"] for name in (term.name for term in self.loader.terms)})
-                state = {"step": step, "skipped_in_a_row": state["skipped_in_a_row"] + 1 if line["skipped"] else 0}
-                if state["skipped_in_a_row"] >= config.optim.max_skipped:
+                fired = self.stopping.after_step(line)
+                losses = {term.name: line[f"loss_{term.name}"] for term in self.loader.terms}
+                progress.update(losses, self.stopping.last_step)
+                skipped = state["skipped_in_a_row"] + 1 if line["skipped"] else 0
+                state = {"step": step, "skipped_in_a_row": skipped, "stopping": self.stopping.state()}
+                if skipped >= config.optim.max_skipped:
                     saved = self.save(state)
                     reason = f"{config.optim.max_skipped} steps in a row were not finite and not applied"
                     return Outcome(
                         step, reason + (f"; {saved} holds the weights before them" if saved else ""), DIVERGED
                     )
-                if stopping and step < total:
-                    hint = "; go on with --resume auto" if self.save(state) else ""
+                leaving = signalled and step < total and not fired
+                saved = self.save(state) if leaving or due(step, config.checkpoint.save_every) else None
+                if fired:
+                    return Outcome(step, fired.reason, FINISHED, fired.rule)
+                if leaving:
+                    hint = "; go on with --resume auto" if saved else ""
                     return Outcome(step, f"a signal asked to stop{hint}", STOPPED)
-                if due(step, config.checkpoint.save_every):
-                    self.save(state)
-                if due(step, config.eval.every) and step < total:
-                    metrics.scalars("eval", self.evaluate(step), step)
-        return Outcome(total, f"all {total} steps done", FINISHED)
+        return Outcome(total, self.stopping.after_last_step(), FINISHED, "max_steps")
+
+    def consider(self, result: dict[str, Any], metrics: log.MetricsLog | None = None) -> Stop | None:
+        """Show an evaluation to the stop rules and to TensorBoard; keep the state when it is the best so far."""
+        if metrics is not None:
+            metrics.scalars("eval", flat(result), result.get("step", 0))
+        best = self.stopping.best_step
+        fired = self.stopping.after_evaluation(result)
+        if self.stopping.best_step != best:
+            checkpoint.save(self.policy, self.folder / "best", result["step"], {}, keep=1)
+        return fired
+
+    def finish(self, outcome: Outcome) -> Outcome:
+        """Evaluate the last state; where the stop rules keep the best one and it is another, go back to that."""
+        known = self.measured is not None and self.measured[0] == outcome.step
+        result = self.evaluate(outcome.step, "after")
+        if not known:
+            self.consider(result)
+        best = self.stopping.best_step
+        if best is None:
+            return outcome
+        reason = self.stopping.describe_best()
+        if best != outcome.step:
+            log.say(f"best        {reason}: back to it")
+            checkpoint.load_newest(self.policy, self.folder / "best")
+            self.evaluate(best, "after")
+        return outcome._replace(reason=f"{outcome.reason}; {reason}")
 
     def step(self, step: int, stop_asked: bool) -> tuple[dict[str, Any], bool]:
         """One optimizer step; returns its line of metrics.jsonl and whether a rank was asked to stop."""
@@ -259,24 +310,25 @@ class Run:
             self.policy, self.folder / "checkpoints", state["step"], state, self.config.checkpoint.keep
         )
 
-    def evaluate(self, step: int, name: str | None = None) -> dict[str, float]:
-        """Evaluate the policy as it is, record it, and return its numbers under flat names."""
+    def evaluate(self, step: int, name: str | None = None) -> dict[str, Any]:
+        """Evaluate the policy as it is after ``step`` and record it; returns E of evaluation.json on every rank.
+
+        The numbers of a state that was evaluated last are taken from there.
+        """
         if self.evaluator is None or self.record is None:
             return {}
-        log.say(f"evaluate    {name or f'step {step}'}")
-        with self.policy.evaluation_model(self.config.eval.gather) as (model, synced):
-            result, answers = self.evaluator.run(model, step, self.originals or None, synced)
+        if self.measured is None or self.measured[0] != step:
+            log.say(f"evaluate    {name or f'step {step}'}")
+            with self.policy.evaluation_model(self.config.eval.gather) as (model, synced):
+                result, answers = self.evaluator.run(model, step, self.originals or None, synced)
+            # The main rank alone has judged; the others need its numbers for the stop rules.
+            self.measured = step, dist.gather_objects(result)[0], answers
+        _, result, answers = self.measured
         self.originals = self.originals or answers
         if dist.is_main():
             self.record.add(result, self.evaluator.samples(self.originals, answers), name)
         dist.barrier()
-        sets = {key: value for key, value in result.items() if isinstance(value, dict)}
-        return {f"{group}/{key}": value for group, values in sets.items() for key, value in values.items()}
-
-    def restore(self) -> None:
-        """Take up the record of the run that is being resumed, the answers before it included."""
-        if self.record is not None and dist.is_main():
-            self.originals = self.record.restore()
+        return result
 
 
 def term_values(loss_N: torch.Tensor, batch: PackedBatch, terms: Sequence[Term]) -> torch.Tensor:
@@ -293,4 +345,10 @@ def term_values(loss_N: torch.Tensor, batch: PackedBatch, terms: Sequence[Term])
 
 def due(step: int, every: int) -> bool:
     """True when something done every ``every`` steps is due after ``step``; 0 means never."""
-    return every > 0 and step % every == 0
+    return every > 0 and step > 0 and step % every == 0
+
+
+def flat(result: dict[str, Any]) -> dict[str, float]:
+    """The numbers of an evaluation under the names set/measure."""
+    sets = {key: value for key, value in result.items() if isinstance(value, dict)}
+    return {f"{group}/{key}": value for group, values in sets.items() for key, value in values.items()}

@@ -15,7 +15,7 @@ PACKAGE = "unlearn_ds"
 
 LEVELS = {
     0: ["__init__", "config", "registry", "types", "presets", "arguments", "ds_json", "kernels"],
-    1: ["dist", "log", "ops", "cost", "attention"],
+    1: ["dist", "log", "ops", "cost", "attention", "stopping"],
     2: ["model", "reference", "embedded", "data", "objectives", "metrics"],
     3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder", "generate"],
     4: ["evaluate", "doctor", "build", "prepare", "own_answers"],
@@ -28,7 +28,7 @@ NEIGHBOURS = {("reference", "data.packing")}
 
 LAUNCHERS_MAY_IMPORT = {"trainer", "doctor", "cost", "dist", "log", "run_folder", *LEVELS[0]}
 
-WITHOUT_TORCH = {"config", "registry", "presets", "arguments", "ds_json"}
+WITHOUT_TORCH = {"config", "registry", "presets", "arguments", "ds_json", "stopping"}
 """The command line must answer before torch is loaded."""
 
 THIRD_PARTY = {0: {"torch", "triton"}, 1: {"torch", "triton", "rich", "tqdm", "tensorboard", "flash_attn"}}

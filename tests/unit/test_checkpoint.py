@@ -65,3 +65,14 @@ def test_every_random_state_is_restored(tmp_path):
     assert draw() != expected
     checkpoint.load_newest(Engine(), tmp_path)
     assert draw() == expected
+
+
+def test_all_but_one_checkpoint_can_be_removed_later_and_unfinished_ones_included(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=9)
+    (save(tmp_path, 4, keep=9) / checkpoint._MARKER).unlink()
+    assert checkpoint.keep_only(tmp_path, 2)
+    assert [folder.name for folder in tmp_path.iterdir()] == ["step-000002"]
+    assert not checkpoint.keep_only(tmp_path, 5)
+    assert checkpoint.keep_only(tmp_path, None) and not list(tmp_path.iterdir())
+    assert checkpoint.keep_only(tmp_path / "nowhere", None)
