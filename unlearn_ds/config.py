@@ -94,9 +94,19 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    rank: int = knob(0, "train low-rank adapters of this rank instead of all weights; 0: all weights")
+    alpha: float | None = knob(None, "adapters are scaled by alpha / rank; default: twice the rank")
+    targets: tuple[str, ...] = knob((), "names of the linear modules that get an adapter; default: all but the LM head")
+    export: str = knob("merged", "model/ holds a full model (merged) or the adapter alone, for peft (separate)")
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     ds_config: str = knob("auto", "name in ds_configs/ or path of a DeepSpeed JSON; auto: zero3")
-    reference: str = knob("offload", "where the frozen reference lives: offload, resident or cached")
+    reference: str = knob("auto", "the frozen reference: adapter (no second model; needs --lora_rank), offload (host "
+                          "memory), nvme (disk), resident or cached; auto: adapter with --lora_rank, else offload")  # fmt: skip
+    nvme_path: str | None = knob(None, "folder on a local disk for the weights of --reference nvme")
     loss_workspace_mib: int = knob(512, "largest logits buffer of the loss in MiB; rows beyond it go in chunks")
     timeout_minutes: int = knob(30, "of collective operations before a run gives up on a silent rank")
 
@@ -146,6 +156,7 @@ class RunConfig:
     objective: ObjectiveConfig = ObjectiveConfig()
     memorize: MemorizeConfig = MemorizeConfig()
     optim: OptimConfig = OptimConfig()
+    lora: LoraConfig = LoraConfig()
     engine: EngineConfig = EngineConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -169,11 +180,13 @@ def replace(config: RunConfig, **changes: Any) -> RunConfig:
 def fingerprint(config: RunConfig) -> str:
     """Hash of everything that decides the numbers of a run; resuming under another fingerprint is refused.
 
-    Logging, evaluation cadence and checkpoint cadence may change between a run and its continuation. Local data and
-    DeepSpeed files count by content, not by path.
+    Logging, evaluation cadence, checkpoint cadence and the form of the export may change between a run and its
+    continuation. Local data and DeepSpeed files count by content, not by path.
     """
     kept = {k: v for k, v in to_dict(config).items() if k not in ("log", "checkpoint", "output_dir", "dry_run")}
     kept["eval"] = {k: v for k, v in kept["eval"].items() if k not in ("every", "batch_size", "gather")}
+    kept["lora"].pop("export")
+    kept["engine"].pop("nvme_path")
     for section, names in (("data", ("forget_data", "retain_data", "mismatch_data")), ("engine", ("ds_config",))):
         kept[section] = {k: _content(v) if k in names else v for k, v in kept[section].items()}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
@@ -208,6 +221,7 @@ def check(config: RunConfig) -> None:
     _check_choice("--eval.gather", config.eval.gather, ("auto", "always", "never"))
     _check_choice("--attention", config.model.attention, ("auto", "flash", "varlen", "flex", "sdpa"))
     _check_choice("--resume", config.checkpoint.resume, ("none", "auto"))
+    _check_choice("--lora_export", config.lora.export, ("merged", "separate"))
     _check_numbers(config)
     _check_relations(config)
     _check_files(config)
@@ -244,6 +258,7 @@ def _check_numbers(config: RunConfig) -> None:
         "--retain_batch_size": optim.retain_batch_size, "--data.limit": config.data.limit,
         "--eval.margin": config.eval.margin, "--memorize.eps_retain": config.memorize.eps_retain,
         "--optim.adam_beta1": optim.adam_beta1, "--optim.adam_beta2": optim.adam_beta2,
+        "--lora_rank": config.lora.rank,
     }  # fmt: skip
     for flag, value in not_negative.items():
         if not (math.isfinite(value) and value >= 0):
@@ -268,6 +283,32 @@ def _check_relations(config: RunConfig) -> None:
         raise UsageError("--overwrite removes the run that --resume auto would go on with; give one of them.")
     if config.data.mismatch_data and config.data.mismatch_text:
         raise UsageError("--mismatch_data and --mismatch_text exclude each other; give one.")
+    _check_lora(config)
+    _check_nvme(config)
+
+
+def _check_lora(config: RunConfig) -> None:
+    lora = config.lora
+    given = {"--lora_alpha": lora.alpha is not None, "--lora_targets": lora.targets != (),
+             "--lora_export": lora.export != "merged", "--reference": config.engine.reference == "adapter"}  # fmt: skip
+    if lora.rank == 0 and any(given.values()):
+        flag = next(flag for flag, there in given.items() if there)
+        what = "--reference adapter is the model with its adapters off, so it" if flag == "--reference" else flag
+        raise UsageError(f"{what} needs --lora_rank above 0; without it all weights are trained.")
+    if lora.alpha is not None and not (math.isfinite(lora.alpha) and lora.alpha > 0):
+        raise UsageError(f"--lora_alpha must be above 0; got {lora.alpha}.")
+
+
+def _check_nvme(config: RunConfig) -> None:
+    reference, folder = config.engine.reference, config.engine.nvme_path
+    if (reference == "nvme") != (folder is not None):
+        raise UsageError(
+            "--reference nvme needs --engine.nvme_path FOLDER, a folder on a local disk for the reference's weights."
+            if folder is None
+            else f"--engine.nvme_path is only read by --reference nvme; this run has --reference {reference}."
+        )
+    if folder is not None and not Path(folder).expanduser().is_dir():
+        raise UsageError(f"--engine.nvme_path: no such folder: {folder}")
 
 
 def _check_files(config: RunConfig) -> None:

@@ -169,8 +169,13 @@ def for_policy(values: Mapping[str, Any], optim: OptimConfig, hidden_size: int) 
     return merged
 
 
-def for_reference(values: Mapping[str, Any], mode: str, hidden_size: int) -> dict[str, Any]:
-    """The configuration of the frozen reference: ZeRO-3 in the policy's precision, on the CPU for ``offload``."""
+def for_reference(
+    values: Mapping[str, Any], mode: str, hidden_size: int, nvme: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The configuration of the frozen reference: ZeRO-3 in the policy's precision, on the CPU for ``offload``.
+
+    nvme: the settings of ``offload_param`` for ``nvme``: path and buffers.
+    """
     zero: dict[str, Any] = {
         "stage": 3,
         "stage3_param_persistence_threshold": 10 * hidden_size,

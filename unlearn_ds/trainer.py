@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from unlearn_ds import build, checkpoint, cost, dist, ds_json, embedded, engine, log, ops, report, run_folder
+from unlearn_ds import build, checkpoint, cost, dist, ds_json, embedded, engine, log, lora, ops, report, run_folder
 from unlearn_ds import model as models
-from unlearn_ds.config import CheckpointConfig, ObjectiveConfig, OptimConfig, RunConfig
+from unlearn_ds.config import CheckpointConfig, LoraConfig, ObjectiveConfig, OptimConfig, RunConfig
 from unlearn_ds.data import sources
 from unlearn_ds.data.encode import Encoder
 from unlearn_ds.data.loader import Loader
@@ -80,7 +80,10 @@ def train(config: RunConfig) -> int:
         run.evaluate(outcome.step, "after")
         if config.checkpoint.export:
             card = run_folder.model_card(config, record.values, encoder.template)
-            engine.export(policy, folder / "model", tokenizer, card)
+            if config.lora.export == "separate":
+                engine.export_adapter(policy, folder / "model", tokenizer, card, base=path)
+            else:
+                engine.export(policy, folder / "model", tokenizer, card)
     run_folder.main_only(report.write, folder)
     run_folder.main_only(say_results, folder, record.values)
     return outcome.exit_code
@@ -153,6 +156,7 @@ def memorizing(config: RunConfig, num_rows: int) -> RunConfig:
             retain_batch_size=math.ceil(memorize.batch_size / 4 / dist.world_size()),
         ),
         checkpoint=CheckpointConfig(),
+        lora=LoraConfig(),  # a behaviour that an adapter held would be gone with the adapter off, reference included
     )
 
 
@@ -172,6 +176,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.size = models.size(self.policy.model.config)
+        self.num_adapter = lora.size(self.policy.model.config, self.config.lora)
         self.peak_flops = cost.peak_flops(engine.device_name())
 
     def fit(self, state: dict[str, int]) -> Outcome:
@@ -212,7 +217,7 @@ class Run:
             counted += torch.cat([term_values(output.loss_N, batch, self.loader.terms), counts])
         *values, tokens, response_tokens, stopping = dist.sums([*counted.tolist(), stop_asked], device)
         seconds = time.perf_counter() - began
-        flops = cost.step_flops(self.size, tokens, response_tokens) / dist.world_size()
+        flops = cost.step_flops(self.size, tokens, response_tokens, self.num_adapter) / dist.world_size()
         line: dict[str, Any] = {"step": step, "loss": 0.0}
         for term, value in zip(self.loader.terms, values, strict=True):
             line[f"loss_{term.name}"] = math.copysign(value, term.weight) / dist.world_size()

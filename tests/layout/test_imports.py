@@ -16,14 +16,14 @@ PACKAGE = "unlearn_ds"
 LEVELS = {
     0: ["__init__", "config", "registry", "types", "presets", "arguments", "ds_json", "kernels"],
     1: ["dist", "log", "ops", "cost", "attention"],
-    2: ["model", "reference", "embedded", "data", "objectives", "metrics"],
+    2: ["model", "lora", "reference", "embedded", "data", "objectives", "metrics"],
     3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder"],
     4: ["evaluate", "doctor", "build", "prepare"],
     5: ["trainer"],
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
 
-NEIGHBOURS = {("reference", "data.packing")}
+NEIGHBOURS = {("reference", "data.packing"), ("model", "lora")}
 """(room, module) of one level that may be imported all the same."""
 
 LAUNCHERS_MAY_IMPORT = {"trainer", "doctor", "cost", "dist", "log", "run_folder", *LEVELS[0]}
