@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,16 +94,27 @@ def reference(
     return resolve("reference", config.engine.reference, REFERENCES)(config, path, values, trained, batches)
 
 
+def check_reference(config: RunConfig) -> None:
+    """Raise ``UsageError`` when the machine lacks what the reference needs; called before any model is loaded."""
+    if config.engine.reference == "nvme":
+        log.say("nvme        loading DeepSpeed's async_io; building it, the first time, takes minutes")
+        engine.check_async_io()
+
+
 def live_reference(
     config: RunConfig, path: str, values: dict[str, Any], trained: engine.Policy, _: Loader
 ) -> LiveReference:
     """A second model on an engine of its own, its weights in host memory, on disk or on the device."""
-    mode, folder = config.engine.reference, None
+    policy_model, mode, folder, largest = trained.model, config.engine.reference, None, 0
     if mode == "nvme":
-        folder = engine.nvme_folder(config.engine.nvme_path)
-    reference_values = ds_json.for_reference(values, mode, trained.model.config.hidden_size, folder)
-    model = load_model(config, path, reference_values, trained.model.device, trained.model.attention_name)
-    return LiveReference(engine.ReferenceEngine(model, reference_values).hidden_rows, _head(trained))
+        # A folder of its own: DeepSpeed empties the one it is given, whatever another run has there.
+        folder = tempfile.TemporaryDirectory(prefix="reference-", dir=Path(config.engine.nvme_path or "").expanduser())
+        largest = math.ceil(models.largest_weight(policy_model.config) / dist.world_size())
+    reference_values = ds_json.for_reference(
+        values, mode, policy_model.config.hidden_size, folder.name if folder else None, largest
+    )
+    model = load_model(config, path, reference_values, policy_model.device, policy_model.attention_name)
+    return LiveReference(engine.ReferenceEngine(model, reference_values, folder).hidden_rows, _head(trained))
 
 
 def adapter_reference(

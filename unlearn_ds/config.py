@@ -104,8 +104,8 @@ class LoraConfig:
 @dataclass(frozen=True)
 class EngineConfig:
     ds_config: str = knob("auto", "name in ds_configs/ or path of a DeepSpeed JSON; auto: zero3")
-    reference: str = knob("auto", "the frozen reference: adapter (no second model; needs --lora_rank), offload (host "
-                          "memory), nvme (disk), resident or cached; auto: adapter with --lora_rank, else offload")  # fmt: skip
+    reference: str = knob("auto", "the frozen reference: offload (a second model in host memory), nvme (on disk), "
+                          "resident, cached or adapter; auto: adapter with --lora_rank, else offload")  # fmt: skip
     nvme_path: str | None = knob(None, "folder on a local disk for the weights of --reference nvme")
     loss_workspace_mib: int = knob(512, "largest logits buffer of the loss in MiB; rows beyond it go in chunks")
     timeout_minutes: int = knob(30, "of collective operations before a run gives up on a silent rank")

@@ -49,10 +49,10 @@ def memory_plan(
 ) -> dict[str, int]:  # fmt: skip
     """Bytes on one device by use, before the first step. An estimate: allocators and libraries add to it.
 
-    ZeRO divides optimizer states from stage 1, gradients from 2, weights from 3. With ``num_adapter`` parameters of LoRA
-    adapters only these have gradients and optimizer states, and the LM head, being frozen, is the reference's as well.
-    An ``adapter`` reference takes nothing, a ``cached`` one keeps only its LM head, an ``offload``ed one lives in host
-    memory, an ``nvme`` one on disk, and so do weights and optimizer states that the JSON offloads.
+    ZeRO divides optimizer states from stage 1, gradients from 2, weights from 3. With ``num_adapter`` parameters of
+    LoRA adapters only these have gradients and optimizer states, and the LM head, being frozen, serves the reference
+    too. An ``adapter`` reference takes nothing, a ``cached`` one keeps only its LM head, an ``nvme`` one lives on disk,
+    an ``offload``ed one in host memory, and so do weights and optimizer states that the JSON offloads.
     Activations: about 2 bytes x hidden x layers a token with
     checkpointing, 34 without (Korthikanti et al., arXiv 2205.05198).
     """

@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
@@ -267,7 +269,7 @@ class Policy:
             raise ValueError(f"{folder / tag} holds no checkpoint of this configuration")
         if state["frozen"] != self._frozen_digest():
             raise UsageError(
-                f"--resume auto: the adapters in {folder / tag} belong to other weights than those of this model; it has "
+                f"--resume auto: the adapters in {folder / tag} belong to other weights than this model's: it has "
                 "changed since the run was started."
             )
         return state
@@ -302,9 +304,14 @@ class Policy:
 
 
 class ReferenceEngine:
-    """The frozen reference on a ZeRO-3 engine of its own, without optimizer."""
+    """The frozen reference on a ZeRO-3 engine of its own, without optimizer.
 
-    def __init__(self, model: PackedCausalLM, ds_config: dict[str, Any]):
+    folder: where this rank's weights lie on disk, removed when the engine is gone."""
+
+    def __init__(
+        self, model: PackedCausalLM, ds_config: dict[str, Any], folder: tempfile.TemporaryDirectory[str] | None = None
+    ):
+        self._folder = folder
         model.requires_grad_(False)
         self.engine, *_ = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)
         self.engine.eval()
@@ -313,6 +320,25 @@ class ReferenceEngine:
         """Final hidden states at the response rows, [N, H]."""
         with torch.no_grad():
             return self.engine(batch, hidden_only=True)
+
+
+def check_async_io() -> None:
+    """Build, once, and load what DeepSpeed reads and writes disks with; ``UsageError`` on all ranks where it cannot."""
+    builder, error = AsyncIOBuilder(), None
+    try:
+        if builder.is_compatible():
+            builder.load(verbose=False)
+        else:
+            error = "libaio and its headers are missing"
+    except (RuntimeError, OSError, ImportError) as problem:  # the compiler, or the linker at load
+        error = str(problem).strip().splitlines()[0]
+    error = next((e for e in dist.gather_objects(error) if e), None)
+    if error:
+        raise UsageError(
+            f"--reference nvme needs DeepSpeed's async_io, and that cannot be built here: {error}. Install libaio with "
+            "its headers and a C++ compiler (apt-get install libaio-dev g++, or dnf install libaio-devel gcc-c++), or "
+            "take --reference offload."
+        )
 
 
 def peak_memory_bytes(device: torch.device) -> int:

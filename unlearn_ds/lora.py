@@ -26,9 +26,9 @@ NAME = "default"
 def add(causal_lm: PreTrainedModel, config: LoraConfig, seed: int) -> None:
     """Freeze ``causal_lm`` and put an adapter around each target, in the precision of its weight.
 
-    B starts at 0, so the model computes what it did. A is drawn from ``seed`` on the CPU: the same values on every rank,
-    device and ZeRO stage; the weights themselves may be sharded. Raises ``UsageError`` for a target that no linear
-    module matches, and for the LM head, which ends in the loss.
+    B starts at 0, so the model computes what it did. A is drawn from ``seed`` on the CPU: the same values on every
+    rank, device and ZeRO stage; the weights themselves may be sharded. Raises ``UsageError`` for a target that no
+    linear module matches, and for the LM head, which ends in the loss.
     """
     linear = {n for n, m in causal_lm.named_modules() if isinstance(m, nn.Linear)}
     head = next(n for n, m in causal_lm.named_modules() if m is causal_lm.get_output_embeddings())
@@ -73,7 +73,7 @@ def adapter_parameters(layer: lora.Linear) -> list[nn.Parameter]:
 
 
 def merged_weight(layer: lora.Linear) -> torch.Tensor:
-    """The weight of a layer with its adapter merged in, as ``merge_and_unload`` of peft makes it. Needs whole weights."""
+    """The weight of a layer with its adapter merged in, bit for bit as peft merges it. Needs whole weights."""
     with torch.no_grad():
         return layer.get_base_layer().weight + layer.get_delta_weight(NAME)
 

@@ -93,6 +93,12 @@ def size(config: PretrainedConfig) -> ModelSize:
     )  # fmt: skip
 
 
+def largest_weight(config: PretrainedConfig) -> int:
+    """Elements of the largest weight of an architecture."""
+    with torch.device("meta"):
+        return max(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
 _HARMLESS = {
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "dropout", "position_ids", "is_causal",
     "use_cache",

@@ -185,8 +185,9 @@ class EvaluationRecord:
 
 def model_card(config: RunConfig, evaluation: dict[str, Any] | None, template: str) -> str:
     """Markdown that tells what the exported model is, in which form of the prompt, and what was measured."""
+    library = "peft" if config.lora.export == "separate" else "transformers"
     lines = [
-        "---", f"library_name: {'peft' if config.lora.export == 'separate' else 'transformers'}", "tags: [unlearning]", "---", "",
+        "---", f"library_name: {library}", "tags: [unlearning]", "---", "",
         f"# {Path(config.model.path).name}, unlearned: {config.scenario}", "",
         f"Made by unlearn_ds {__version__} from `{config.model.path}` with the objective `{config.objective.name}` "
         f"(weights {config.objective.eps_forget:g} / {config.objective.eps_mismatch:g} / "
