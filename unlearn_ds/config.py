@@ -210,7 +210,7 @@ def check(config: RunConfig) -> None:
     try:
         check_name("scenario", config.scenario, SCENARIOS)
         check_name("objective", config.objective.name, OBJECTIVES)
-        check_name("reference", config.engine.reference, REFERENCES)
+        check_name("reference", config.engine.reference, {"auto": "", **REFERENCES})
         check_name("judge", config.eval.judge, JUDGES)
     except ValueError as error:
         raise UsageError(str(error)) from None
