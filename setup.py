@@ -28,6 +28,7 @@ setup(
         "transformers>=5.0,<6",
         "datasets>=4.0",
         "accelerate>=1.1",
+        "peft>=0.18",
         "safetensors>=0.5",
         "sentencepiece>=0.2",
         "tensorboard>=2.17",

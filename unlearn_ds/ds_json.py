@@ -169,17 +169,32 @@ def for_policy(values: Mapping[str, Any], optim: OptimConfig, hidden_size: int) 
     return merged
 
 
-def for_reference(values: Mapping[str, Any], mode: str, hidden_size: int) -> dict[str, Any]:
-    """The configuration of the frozen reference: ZeRO-3 in the policy's precision, on the CPU for ``offload``."""
+def for_reference(
+    values: Mapping[str, Any], mode: str, hidden_size: int, nvme_path: str | None = None, largest: int = 0
+) -> dict[str, Any]:
+    """The configuration of the frozen reference: ZeRO-3 in the policy's precision.
+
+    mode: "offload" keeps it in host memory, "nvme" in the folder ``nvme_path``, read through buffers for ``largest``
+    elements: the largest partition of a weight on one rank.
+    """
     zero: dict[str, Any] = {
         "stage": 3,
         "stage3_param_persistence_threshold": 10 * hidden_size,
         # Its trace changes whenever policy and reference alternate, so prefetching would fetch for nothing.
         "stage3_prefetch_bucket_size": 0,
     }
+    merged = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": 2**31 - 1, "zero_optimization": zero}
     if mode == "offload":
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
-    merged = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": 2**31 - 1, "zero_optimization": zero}
+    if mode == "nvme":
+        zero["offload_param"] = {
+            "device": "nvme", "nvme_path": nvme_path, "pin_memory": True, "buffer_count": 5, "buffer_size": largest,
+        }  # fmt: skip
+        # A partition below a block stays in host memory.
+        merged["aio"] = {
+            "block_size": 2**20, "queue_depth": 8, "intra_op_parallelism": 1, "single_submit": False,
+            "overlap_events": True,
+        }  # fmt: skip
     if is_bf16(values):
         merged["bf16"] = {"enabled": True}
     return merged

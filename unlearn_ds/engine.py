@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +20,13 @@ from typing import Any, NamedTuple
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch import nn
-from transformers import PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
-from unlearn_ds import dist, ds_json
-from unlearn_ds.config import EngineConfig, OptimConfig
+from unlearn_ds import dist, ds_json, lora
+from unlearn_ds.config import EngineConfig, OptimConfig, UsageError
 from unlearn_ds.model import PackedCausalLM
 from unlearn_ds.types import LossOutput, PackedBatch, ReferenceRows
 
@@ -119,6 +121,7 @@ class Policy:
 
     def __init__(self, model: PackedCausalLM, values: dict[str, Any], optim: OptimConfig):
         self.model, self.stage = model, ds_json.stage(values)
+        self.adapted = lora.layers(model.causal_lm)
         ds_config = ds_json.for_policy(values, optim, model.config.hidden_size)
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = GuardedAdamW(
@@ -138,13 +141,13 @@ class Policy:
         )
         self.engine.train()
 
-    def loss(self, batch: PackedBatch, reference: ReferenceRows | None) -> LossOutput:
-        """One packed forward that ends in the fused loss."""
+    def loss(self, batch: PackedBatch, reference: ReferenceRows | PackedBatch | None) -> LossOutput:
+        """One packed forward that ends in the fused loss. reference: see ``PackedCausalLM``."""
         return LossOutput(*self.engine(batch, reference))
 
     def hidden_rows(self, batch: PackedBatch) -> torch.Tensor:
-        """Final hidden states at the response rows, [N, H], without gradients."""
-        with torch.no_grad():
+        """Final hidden states at the response rows without adapters, [N, H], and without gradients."""
+        with torch.no_grad(), lora.switched_off(self.model):
             return self.engine(batch, hidden_only=True)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -173,9 +176,11 @@ class Policy:
 
         Under ZeRO-3 with ``gather`` "always" each rank holds a whole copy in the compute precision for the time being,
         and evaluates its own prompts at its own pace; with "never" weights stay sharded and are gathered layer by
-        layer. "auto" gathers where the copy takes at most half of the free memory of every rank.
+        layer. "auto" gathers where the copy takes at most half of the free memory of every rank. With LoRA there is a
+        copy at every stage, with the adapters merged in: what is measured is what a merged export holds.
         """
-        if self.stage != 3 or gather == "never" or (gather == "auto" and not self._copy_fits()):
+        direct = self.stage != 3 and not self.adapted
+        if direct or gather == "never" or (gather == "auto" and not self._copy_fits()):
             self.engine.eval()
             yield self.model, self.stage == 3
             self.engine.train()
@@ -183,51 +188,101 @@ class Policy:
         yield self._whole_copy().eval(), False
 
     def _copy_fits(self) -> bool:
-        num_bytes = sum(p.ds_numel * p.element_size() for p in self.model.parameters())
+        numel = [p.ds_numel if self.stage == 3 else p.numel() for p in self.model.parameters()]
+        num_bytes = sum(numel) * torch.finfo(self.model.causal_lm.dtype).bits // 8
         sharing = dist.local_world_size() if self.model.device.type == "cpu" else 1
         free = get_accelerator().available_memory() / sharing
         return all(dist.gather_objects(num_bytes <= free / 2))
 
     def _whole_copy(self) -> PackedCausalLM:
-        source = self.model.causal_lm
-        with torch.device("meta"):
-            whole = type(source)(copy.deepcopy(source.config))
+        source, whole = self.model.causal_lm, self._empty_copy()
         whole.to_empty(device=self.model.device)
         with torch.no_grad():
             targets = dict(whole.named_parameters(remove_duplicate=False))
-            for name, parameter in source.named_parameters():
-                targets[name].data = self.full_weight(parameter)
+            for name, weight in self._plain_weights():
+                targets[name].data = weight
             for name, buffer in source.named_buffers():
                 whole.get_buffer(name).data = buffer.detach().clone()
         whole.tie_weights()
-        whole.generation_config = source.generation_config
         return PackedCausalLM(whole, self.model.attention_name, self.model.workspace_bytes)
+
+    def _empty_copy(self) -> PreTrainedModel:
+        """The Hugging Face model without adapters and without memory for its weights."""
+        source = self.model.causal_lm
+        with torch.device("meta"):
+            empty = type(source)(copy.deepcopy(source.config))
+        empty.generation_config = source.generation_config
+        return empty
+
+    def _plain_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name in the Hugging Face model and whole copy of each weight, adapters merged in. Every rank takes part."""
+        merged = {f"{name}.base_layer.weight": layer for name, layer in self.adapted.items()}
+        for name, parameter in self.model.causal_lm.named_parameters():
+            if name in merged:
+                with self._gathered([parameter, *lora.adapter_parameters(merged[name])]):
+                    weight = lora.merged_weight(merged[name])
+                yield lora.plain_name(name), weight
+            elif not lora.is_adapter(name):
+                yield lora.plain_name(name), self.full_weight(parameter)
 
     def _gathered(self, parameters: list[nn.Parameter]) -> contextlib.AbstractContextManager:
         return deepspeed.zero.GatheredParameters(parameters) if self.stage == 3 else contextlib.nullcontext()
 
     def consolidated_state_dict(self) -> dict[str, torch.Tensor] | None:
-        """All weights in compute precision under the names of the Hugging Face model, on the main rank only."""
+        """All weights in compute precision under the names of the Hugging Face model, on the main rank only.
+
+        Adapters are merged in."""
+        if self.adapted:
+            return self._on_main(self._plain_weights())
         state = self.engine._consolidated_16bit_state_dict() if self.stage == 3 else self.model.state_dict()
         if not dist.is_main():
             return None
         return {name.removeprefix("causal_lm."): tensor.cpu() for name, tensor in state.items()}
 
+    def adapter_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """The adapters' weights under their names in the Hugging Face model, on the main rank only."""
+        parameters = self.model.causal_lm.named_parameters()
+        return self._on_main((name, self.full_weight(p)) for name, p in parameters if lora.is_adapter(name))
+
+    def _on_main(self, weights: Iterator[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor] | None:
+        main = dist.is_main()
+        kept = {name: weight.cpu() for name, weight in weights if main}
+        return kept if main else None
+
     def save_checkpoint(self, folder: Path, tag: str, state: dict[str, Any]) -> None:
-        """Write weights, optimizer, schedule and ``state``; every rank takes part."""
-        self.engine.save_checkpoint(str(folder), tag=tag, client_state=state, save_latest=False)
+        """Write trained weights, optimizer, schedule and ``state``; every rank takes part.
+
+        Frozen weights stay out: a run with LoRA finds them where it started from, and knows them by their digest.
+        """
+        self.engine.save_checkpoint(
+            str(folder), tag=tag, client_state={**state, "frozen": self._frozen_digest()}, save_latest=False,
+            exclude_frozen_parameters=True,
+        )  # fmt: skip
 
     def load_checkpoint(self, folder: Path, tag: str) -> dict[str, Any]:
-        """Restore what ``save_checkpoint`` wrote and return its ``state``."""
-        path, state = self.engine.load_checkpoint(str(folder), tag=tag)
+        """Restore what ``save_checkpoint`` wrote and return its ``state``.
+
+        Raises ``UsageError`` when the frozen weights are not those of the run that wrote it.
+        """
+        path, state = self.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=not self.adapted)
         if path is None:
             raise ValueError(f"{folder / tag} holds no checkpoint of this configuration")
+        if state["frozen"] != self._frozen_digest():
+            raise UsageError(
+                f"--resume auto: the adapters in {folder / tag} belong to other weights than this model's: it has "
+                "changed since the run was started."
+            )
         return state
 
+    def _frozen_digest(self) -> str | None:
+        return self.weights_digest() if self.adapted else None
+
     def weights_digest(self) -> str:
-        """Short name of the present weights, the same for every number of ranks."""
+        """Short name of the present weights without adapters, the same for every number of ranks."""
         local = []
-        for parameter in self.model.parameters():
+        for name, parameter in self.model.named_parameters():
+            if lora.is_adapter(name):
+                continue
             part = parameter.ds_tensor if self.stage == 3 else parameter
             share = 1 if self.stage == 3 else dist.world_size()
             wide = part.detach().double()
@@ -243,15 +298,20 @@ class Policy:
             vars(holder).clear()
         for parameter in self.model.parameters():
             parameter.grad = parameter.ds_tensor = None
-        self.model = None
+        self.model, self.adapted = None, {}
         gc.collect()
         get_accelerator().empty_cache()
 
 
 class ReferenceEngine:
-    """The frozen reference on a ZeRO-3 engine of its own, without optimizer."""
+    """The frozen reference on a ZeRO-3 engine of its own, without optimizer.
 
-    def __init__(self, model: PackedCausalLM, ds_config: dict[str, Any]):
+    folder: where this rank's weights lie on disk, removed when the engine is gone."""
+
+    def __init__(
+        self, model: PackedCausalLM, ds_config: dict[str, Any], folder: tempfile.TemporaryDirectory[str] | None = None
+    ):
+        self._folder = folder
         model.requires_grad_(False)
         self.engine, *_ = deepspeed.initialize(model=model, config=ds_config, dist_init_required=False)
         self.engine.eval()
@@ -260,6 +320,25 @@ class ReferenceEngine:
         """Final hidden states at the response rows, [N, H]."""
         with torch.no_grad():
             return self.engine(batch, hidden_only=True)
+
+
+def check_async_io() -> None:
+    """Build, once, and load what DeepSpeed reads and writes disks with; ``UsageError`` on all ranks where it cannot."""
+    builder, error = AsyncIOBuilder(), None
+    try:
+        if builder.is_compatible():
+            builder.load(verbose=False)
+        else:
+            error = "libaio and its headers are missing"
+    except (RuntimeError, OSError, ImportError) as problem:  # the compiler, or the linker at load
+        error = str(problem).strip().splitlines()[0]
+    error = next((e for e in dist.gather_objects(error) if e), None)
+    if error:
+        raise UsageError(
+            f"--reference nvme needs DeepSpeed's async_io, and that cannot be built here: {error}. Install libaio with "
+            "its headers and a C++ compiler (apt-get install libaio-dev g++, or dnf install libaio-devel gcc-c++), or "
+            "take --reference offload."
+        )
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -281,17 +360,34 @@ def versions() -> dict[str, str]:
 
 
 def export(policy: Policy, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
-    """Write the model as plain Hugging Face safetensors with tokenizer and model card.
+    """Write the model as plain Hugging Face safetensors, adapters merged in, with tokenizer and model card.
 
     Every rank takes part in gathering, the main one writes. The folder appears whole: it is renamed into place.
     """
     state = policy.consolidated_state_dict()
     if state is not None:
-        partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")  # two runs may fill one cache
-        shutil.rmtree(partial, ignore_errors=True)
-        policy.model.causal_lm.save_pretrained(partial, state_dict=state)
-        tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        empty = policy._empty_copy()
+        with _whole(folder, tokenizer, card) as partial:
+            empty.save_pretrained(partial, state_dict=state)
     dist.barrier()
+
+
+def export_adapter(policy: Policy, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str, base: str) -> None:
+    """Write the adapters alone, as peft reads them; otherwise like ``export``. base: path or hub id of their model."""
+    state = policy.adapter_state_dict()
+    if state is not None:
+        with _whole(folder, tokenizer, card) as partial:
+            lora.save(policy.model.causal_lm, state, partial, base)
+    dist.barrier()
+
+
+@contextlib.contextmanager
+def _whole(folder: Path, tokenizer: PreTrainedTokenizerBase, card: str) -> Iterator[Path]:
+    """A folder beside ``folder`` to write to, renamed into place with tokenizer and card at the end."""
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")  # two runs may fill one cache
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from unlearn_ds import attention, ops
+from unlearn_ds import attention, lora, ops
 from unlearn_ds.config import UsageError
 from unlearn_ds.cost import ModelSize
 from unlearn_ds.types import PackedBatch, ReferenceRows
@@ -94,6 +94,12 @@ def size(config: PretrainedConfig) -> ModelSize:
     )  # fmt: skip
 
 
+def largest_weight(config: PretrainedConfig) -> int:
+    """Elements of the largest weight of an architecture."""
+    with torch.device("meta"):
+        return max(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+
+
 _HARMLESS = {
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "dropout", "position_ids", "is_causal",
     "use_cache",
@@ -117,6 +123,8 @@ class LossHead(nn.Linear):
         if batch is None:
             return super().forward(hidden)
         if torch.is_grad_enabled():
+            if reference is not None and reference.weight_VH is None:
+                reference = reference._replace(weight_VH=self.weight)
             return tuple(ops.masked_loss(hidden, self.weight, batch, reference, **options))
         return ops.token_nll(hidden, self.weight, batch.targets_N, **options)
 
@@ -126,6 +134,9 @@ class PackedCausalLM(nn.Module):
 
     ``forward(batch, reference)`` returns (loss, loss_N) with gradients enabled and the NLL of each response token
     without; ``forward(batch, hidden_only=True)`` returns the final hidden states at the response rows, [N, H].
+
+    reference: states of another model, or the packed KL rows for this one to run with its adapters off. It does so in
+    the same forward, so that a step of ZeRO-3 fetches weights in the same order every time and can prefetch them.
     """
 
     def __init__(self, causal_lm: PreTrainedModel, attention_name: str, workspace_bytes: int = 512 * 2**20):
@@ -163,20 +174,26 @@ class PackedCausalLM(nn.Module):
         return self.causal_lm.device
 
     def forward(
-        self, batch: PackedBatch, reference: ReferenceRows | None = None, hidden_only: bool = False
+        self, batch: PackedBatch, reference: ReferenceRows | PackedBatch | None = None, hidden_only: bool = False
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        hidden_TH = self.causal_lm.base_model(
-            input_ids=batch.input_ids_T[None], position_ids=batch.position_ids_T[None], use_cache=False,
-            cu_seq_lens_q=batch.cu_seqlens, cu_seq_lens_k=batch.cu_seqlens,
-            max_length_q=batch.max_seqlen, max_length_k=batch.max_seqlen,
-        ).last_hidden_state[0]  # fmt: skip
-        hidden_NH = hidden_TH.index_select(0, batch.loss_index_N)
+        if isinstance(reference, PackedBatch):
+            with torch.no_grad(), lora.switched_off(self):
+                reference = ReferenceRows(self._hidden_rows(reference), None)
+        hidden_NH = self._hidden_rows(batch)
         if hidden_only:
             return hidden_NH
         return self.causal_lm.get_output_embeddings()(
             hidden_NH, batch, reference, workspace_bytes=self.workspace_bytes,
             softcap=self.softcap, logit_scale=self.logit_scale,
         )  # fmt: skip
+
+    def _hidden_rows(self, batch: PackedBatch) -> torch.Tensor:
+        hidden_TH = self.causal_lm.base_model(
+            input_ids=batch.input_ids_T[None], position_ids=batch.position_ids_T[None], use_cache=False,
+            cu_seq_lens_q=batch.cu_seqlens, cu_seq_lens_k=batch.cu_seqlens,
+            max_length_q=batch.max_seqlen, max_length_k=batch.max_seqlen,
+        ).last_hidden_state[0]  # fmt: skip
+        return hidden_TH.index_select(0, batch.loss_index_N)
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[PreTrainedModel]:

@@ -20,12 +20,13 @@ HiddenRows = Callable[[PackedBatch], torch.Tensor]
 
 
 class LiveReference:
-    """A second model (``offload`` or ``resident``) that runs on the retain rows of each micro-batch.
+    """A second model (``offload``, ``nvme`` or ``resident``) that runs on the retain rows of each micro-batch.
 
-    weight_VH: the reference's LM head, a copy of the policy's before the first step, so that no step gathers it.
+    weight_VH: the reference's LM head, a copy of the policy's before the first step, so that no step gathers it; None
+    where the policy's own head is frozen.
     """
 
-    def __init__(self, hidden_rows: HiddenRows, weight_VH: torch.Tensor):
+    def __init__(self, hidden_rows: HiddenRows, weight_VH: torch.Tensor | None):
         self._hidden_rows, self._weight_VH = hidden_rows, weight_VH
 
     def rows(self, batch: PackedBatch) -> ReferenceRows | None:
@@ -35,6 +36,14 @@ class LiveReference:
         return ReferenceRows(self._hidden_rows(kl_part(batch)), self._weight_VH)
 
 
+class AdapterReference:
+    """The policy itself with its adapters off (``adapter``): no second model, no second LM head."""
+
+    def rows(self, batch: PackedBatch) -> PackedBatch | None:
+        """The KL rows of ``batch``, packed for the policy to run itself; None when the objective has no KL term."""
+        return kl_part(batch) if batch.kl_keys else None
+
+
 class CachedReference:
     """The reference's final hidden states at the retain response positions, computed once and kept on disk.
 
@@ -42,7 +51,7 @@ class CachedReference:
     keyed by row content; the folder is keyed by the weights that made it.
     """
 
-    def __init__(self, folder: Path, weight_VH: torch.Tensor):
+    def __init__(self, folder: Path, weight_VH: torch.Tensor | None):
         self._weight_VH = weight_VH
         self._where: dict[str, Path] = {}
         self._open: dict[Path, safe_open] = {}
@@ -54,7 +63,7 @@ class CachedReference:
         if not batch.kl_keys:
             return None
         hidden_NH = torch.cat([self._read(key) for key in batch.kl_keys])
-        return ReferenceRows(hidden_NH.to(self._weight_VH.device, non_blocking=True), self._weight_VH)
+        return ReferenceRows(hidden_NH.to(batch.input_ids_T.device, non_blocking=True), self._weight_VH)
 
     def _read(self, key: str) -> torch.Tensor:
         if key not in self._where:

@@ -43,7 +43,9 @@ JUDGES: Mapping[str, str] = {
 }
 
 REFERENCES: Mapping[str, str] = {
+    "adapter": "unlearn_ds.build:adapter_reference",
     "offload": "unlearn_ds.build:live_reference",
+    "nvme": "unlearn_ds.build:live_reference",
     "resident": "unlearn_ds.build:live_reference",
     "cached": "unlearn_ds.build:cached_reference",
 }

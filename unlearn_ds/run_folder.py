@@ -104,7 +104,7 @@ def _prepare(config: RunConfig, folder: Path, versions: dict[str, str]) -> None:
 
 def package_versions() -> dict[str, str]:
     """Versions of what decides the numbers of a run."""
-    names = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "numpy")
+    names = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "numpy", "peft")
     return {"unlearn_ds": __version__, "python": platform.python_version(), **{n: metadata.version(n) for n in names}}
 
 
@@ -192,8 +192,9 @@ class EvaluationRecord:
 
 def model_card(config: RunConfig, evaluation: dict[str, Any] | None, template: str) -> str:
     """Markdown that tells what the exported model is, in which form of the prompt, and what was measured."""
+    library = "peft" if config.lora.export == "separate" else "transformers"
     lines = [
-        "---", "library_name: transformers", "tags: [unlearning]", "---", "",
+        "---", f"library_name: {library}", "tags: [unlearning]", "---", "",
         f"# {Path(config.model.path).name}, unlearned: {config.scenario}", "",
         f"Made by unlearn_ds {__version__} from `{config.model.path}` with the objective `{config.objective.name}` "
         f"(weights {config.objective.eps_forget:g} / {config.objective.eps_mismatch:g} / "
@@ -203,6 +204,12 @@ def model_card(config: RunConfig, evaluation: dict[str, Any] | None, template: s
         + (f" and the system message {config.data.system_prompt!r}" if config.data.system_prompt is not None else "")
         + "; other forms of the same prompt were not measured.", "",
     ]  # fmt: skip
+    if config.lora.rank:
+        lines += [
+            f"Only LoRA adapters were trained, of rank {config.lora.rank} and alpha {config.lora.alpha:g}; "
+            + ("they are merged into these weights." if config.lora.export == "merged" else
+               "this folder holds them alone, and `adapter_config.json` names the model they belong to."), "",
+        ]  # fmt: skip
     stop = (evaluation or {}).get("stop")
     if stop:
         lines += [f"Training ended after step {stop['step']}: {stop['reason']}.", ""]

@@ -22,13 +22,14 @@ from unlearn_ds import (
     embedded,
     engine,
     log,
+    lora,
     ops,
     own_answers,
     report,
     run_folder,
 )
 from unlearn_ds import model as models
-from unlearn_ds.config import CheckpointConfig, ObjectiveConfig, OptimConfig, RunConfig, StopConfig
+from unlearn_ds.config import CheckpointConfig, LoraConfig, ObjectiveConfig, OptimConfig, RunConfig, StopConfig
 from unlearn_ds.data import sources
 from unlearn_ds.data.encode import Encoder
 from unlearn_ds.data.loader import Loader
@@ -58,6 +59,7 @@ def train(config: RunConfig) -> int:
     device = engine.start(config.engine)
     folder = run_folder.open_run(config, engine.versions())
     values = ds_json.load(config.engine.ds_config)
+    build.check_reference(config)
     scenario = resolve("scenario", config.scenario, SCENARIOS)
     stopping = build.stopping(config)
 
@@ -95,7 +97,10 @@ def train(config: RunConfig) -> int:
         record.end({**outcome._asdict(), **stopping.summary()})
         if config.checkpoint.export:
             card = run_folder.model_card(config, record.values, encoder.template)
-            engine.export(policy, folder / "model", tokenizer, card)
+            if config.lora.export == "separate":
+                engine.export_adapter(policy, folder / "model", tokenizer, card, base=path)
+            else:
+                engine.export(policy, folder / "model", tokenizer, card)
     run_folder.main_only(report.write, folder)
     run_folder.main_only(say_results, folder, record.values)
     return outcome.exit_code
@@ -180,6 +185,7 @@ def memorizing(config: RunConfig, num_rows: int) -> RunConfig:
         ),
         checkpoint=CheckpointConfig(),
         stop=StopConfig(),
+        lora=LoraConfig(),  # a behaviour that an adapter held would be gone with the adapter off, reference included
     )
 
 
@@ -202,6 +208,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.size = models.size(self.policy.model.config)
+        self.num_adapter = lora.size(self.policy.model.config, self.config.lora)
         self.peak_flops = cost.peak_flops(engine.device_name())
 
     def begin(self, state: dict[str, Any] | None) -> None:
@@ -289,7 +296,7 @@ class Run:
             counted += torch.cat([term_values(output.loss_N, batch, self.loader.terms), counts])
         *values, tokens, response_tokens, stopping = dist.sums([*counted.tolist(), stop_asked], device)
         seconds = time.perf_counter() - began
-        flops = cost.step_flops(self.size, tokens, response_tokens) / dist.world_size()
+        flops = cost.step_flops(self.size, tokens, response_tokens, self.num_adapter) / dist.world_size()
         line: dict[str, Any] = {"step": step, "loss": 0.0}
         for term, value in zip(self.loader.terms, values, strict=True):
             line[f"loss_{term.name}"] = math.copysign(value, term.weight) / dist.world_size()

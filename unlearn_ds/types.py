@@ -111,10 +111,12 @@ class PackedBatch:
 
 
 class ReferenceRows(NamedTuple):
-    """The frozen reference at the KL rows of a batch: its last hidden states [N_kl, H] and its LM head [V, H]."""
+    """The frozen reference at the KL rows of a batch: its last hidden states [N_kl, H] and its LM head [V, H].
+
+    weight_VH: None where the policy's own head is frozen and serves both, as with LoRA."""
 
     hidden_NH: torch.Tensor
-    weight_VH: torch.Tensor
+    weight_VH: torch.Tensor | None
 
 
 class Answer(NamedTuple):

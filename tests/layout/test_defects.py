@@ -29,6 +29,8 @@ DEFECTS = {
         "numerics/test_architectures.py::test_dropout_is_off_even_in_training",
     "D11 no truncation, or a forget loss of nothing":
         "unit/data/test_encode.py::test_a_long_answer_is_cut_and_a_cut_answer_has_no_end_token",
+    "D12 the rank of the adapters has no effect":
+        "unit/test_lora.py::test_every_adapter_has_the_rank_that_was_asked_for",
     "D13 the question is recovered by splitting decoded text":
         "unit/data/test_loader.py::test_mismatch_rows_have_the_prompts_of_the_forget_rows_of_their_micro_batch",
     "D14 answers have no end token":
@@ -42,6 +44,8 @@ DEFECTS = {
         "distributed/test_equivalence.py::test_two_ranks_equal_one_rank_with_twice_the_accumulation",
     "D19 all ranks draw the same mismatch answers":
         "unit/data/test_loader.py::test_prompts_steps_and_ranks_draw_different_mismatch_answers",
+    "D20 a second copy of the model as reference with LoRA":
+        "distributed/test_references_in_memory.py::test_the_adapter_reference_holds_no_second_model_and_trains_adapters_only",
     "D21 results depend on the number of ranks":
         "unit/data/test_loader.py::test_ranks_and_micro_batches_share_out_the_same_global_batch",
     "D22 a term of weight 0 is still computed":

@@ -42,8 +42,8 @@ def test_nothing_but_the_package_is_in_the_wheel(wheel):
 def test_the_unpacked_wheel_answers_by_itself(wheel, tmp_path):
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (
-        "import unlearn_ds; from unlearn_ds import arguments, config, ds_json; from unlearn_ds.scenarios import SAMPLE;"
-        "run = arguments.parse({}); config.check(run); ds_json.load('zero3');"
+        "import unlearn_ds; from unlearn_ds import arguments, checks, ds_json; from unlearn_ds.scenarios import SAMPLE;"
+        "run = arguments.parse({}); checks.check(run); ds_json.load('zero3');"
         "assert (SAMPLE / 'normal.jsonl').is_file(); print(unlearn_ds.__file__)"
     )
     # -I and our own path first: the editable installation of this environment must not answer instead.

@@ -40,6 +40,7 @@ def test_the_flags_that_the_design_promises_exist():
     promised = """
         scenario model data ds_config output_dir resume max_steps batch_size gradient_accumulation_steps learning_rate
         eps_forget eps_mismatch eps_retain num_mismatch reference attention seed eval_every save_every dry_run
+        lora_rank lora_alpha lora_targets lora_export
     """
     assert set(promised.split()) <= {*FLAT, *OWN}
 
@@ -182,6 +183,24 @@ def test_retain_rows_follow_the_batch_size_unless_given():
     other = {"model": "org/other-model", "batch_size": 5}  # the preset of the embedded model sets both
     assert parse(other).optim.retain_batch_size == 5
     assert parse({"batch_size": 5, "retain_batch_size": 2}).optim.retain_batch_size == 2
+
+
+def test_the_reference_is_the_model_without_adapters_where_there_are_adapters_and_nothing_else_is_asked_for():
+    assert parse({}).engine.reference == "offload"
+    assert parse({"lora_rank": 8}).engine.reference == "adapter"
+    assert parse({"lora_rank": 8, "reference": "cached"}).engine.reference == "cached"
+
+
+def test_adapters_are_scaled_by_two_unless_told_otherwise():
+    assert parse({}).lora.alpha is None
+    assert parse({"lora_rank": 8}).lora.alpha == 16.0
+    assert parse({"lora_rank": 8, "lora_alpha": 4}).lora.alpha == 4.0
+
+
+def test_adapters_have_no_dropout_to_ask_for():
+    """With dropout the KL to the reference would not be 0 at the first step."""
+    with pytest.raises(UsageError, match="unknown flag '--lora_dropout'"):
+        parse({"lora_rank": 8, "lora_dropout": 0.1})
 
 
 @pytest.mark.parametrize(

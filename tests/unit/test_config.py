@@ -8,16 +8,8 @@ import sys
 import pytest
 
 from unlearn_ds.arguments import parse
-from unlearn_ds.config import (
-    EMBEDDED_MODEL,
-    RunConfig,
-    UsageError,
-    check,
-    fingerprint,
-    looks_like_file,
-    replace,
-    to_dict,
-)
+from unlearn_ds.checks import check
+from unlearn_ds.config import EMBEDDED_MODEL, RunConfig, UsageError, fingerprint, looks_like_file, replace, to_dict
 
 CONFIG = parse({})
 
@@ -41,7 +33,7 @@ def test_replace_refuses_a_name_that_does_not_exist():
 
 def test_configuration_and_command_line_need_no_torch(repository):
     code = (
-        "import sys, unlearn_ds.arguments as a, unlearn_ds.config as c, unlearn_ds.ds_json as d;"
+        "import sys, unlearn_ds.arguments as a, unlearn_ds.checks as c, unlearn_ds.ds_json as d;"
         "c.check(a.parse({})); d.load('zero3'); a.help_text();"
         "print(sorted({'torch', 'transformers', 'deepspeed', 'datasets'} & set(sys.modules)))"
     )
@@ -63,6 +55,8 @@ def test_configuration_and_command_line_need_no_torch(repository):
         {"checkpoint.resume": "auto"},
         {"output_dir": "elsewhere"},
         {"dry_run": True},
+        {"lora.export": "separate"},
+        {"engine.nvme_path": "elsewhere"},
     ],
     ids=str,
 )
@@ -86,6 +80,10 @@ def test_the_fingerprint_ignores_what_does_not_decide_the_numbers(changes):
         {"optim.batch_size": 3},
         {"optim.max_steps": 61},
         {"engine.ds_config": "zero2"},
+        {"engine.reference": "resident"},
+        {"lora.rank": 8},
+        {"lora.alpha": 3.0},
+        {"lora.targets": ("q_proj",)},
     ],
     ids=str,
 )
@@ -163,6 +161,16 @@ BAD = [
     ({"data.forget_data": "nowhere.csv", "data.retain_data": "org/name"}, "--forget_data: no such file: nowhere.csv"),
     ({"data.mismatch_data": "./nowhere.txt"}, "--mismatch_data: no such file"),
     ({"model.path": "./nowhere"}, "--model: no such folder: ./nowhere"),
+    ({"lora.rank": -1}, "--lora_rank must not be negative"),
+    ({"lora.rank": 4, "lora.alpha": 0.0}, "--lora_alpha must be above 0"),
+    ({"lora.rank": 4, "lora.export": "both"}, "--lora_export must be one of merged, separate"),
+    ({"lora.alpha": 8.0}, "--lora_alpha needs --lora_rank above 0"),
+    ({"lora.targets": ("q_proj",)}, "--lora_targets needs --lora_rank above 0"),
+    ({"lora.export": "separate"}, "--lora_export needs --lora_rank above 0"),
+    ({"engine.reference": "adapter"}, "--reference adapter .* needs --lora_rank above 0"),
+    ({"engine.reference": "nvme"}, "--reference nvme needs --engine.nvme_path FOLDER"),
+    ({"engine.nvme_path": "."}, "--engine.nvme_path is only read by --reference nvme; .*--reference offload"),
+    ({"engine.reference": "nvme", "engine.nvme_path": "./nowhere"}, "--engine.nvme_path: no such folder: ./nowhere"),
 ]
 
 
@@ -181,6 +189,9 @@ def test_what_cannot_work_is_refused_with_a_sentence_that_names_the_flag(changes
         {"data.mismatch_text": "I do not know."},
         {"model.path": "org/name"},
         {"model.path": EMBEDDED_MODEL},
+        {"lora.rank": 4, "engine.reference": "adapter"},
+        {"lora.rank": 4, "lora.alpha": 3.0, "lora.targets": ("q_proj",), "lora.export": "separate"},
+        {"engine.reference": "nvme", "engine.nvme_path": "."},
         {"optim.warmup_ratio": 0.0, "optim.gradient_clipping": 0.0, "optim.weight_decay": 0.0},
     ],
     ids=str,

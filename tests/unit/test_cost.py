@@ -50,9 +50,33 @@ def test_what_is_offloaded_is_named_as_host_memory():
     [
         ("offload", {"reference (host memory)", "LM head of the reference"}),
         ("resident", {"reference", "LM head of the reference"}),
+        ("nvme", {"reference (disk)", "LM head of the reference"}),
         ("cached", {"LM head of the reference"}),
         (None, set()),
     ],
 )
 def test_each_reference_has_its_place(mode, keys):
     assert {name for name in cost.memory_plan(SIZE, **{**PLAN, "reference": mode}) if "reference" in name} == keys
+
+
+@pytest.mark.parametrize(
+    ("mode", "keys"),
+    [("adapter", set()), ("cached", set()), ("nvme", {"reference (disk)"}), ("offload", {"reference (host memory)"})],
+)
+def test_with_lora_no_reference_needs_a_head_of_its_own_and_the_adapter_needs_nothing(mode, keys):
+    plan = cost.memory_plan(SIZE, **{**PLAN, "reference": mode}, num_adapter=200)
+    assert {name for name in plan if "reference" in name} == keys
+
+
+def test_with_lora_only_adapters_have_gradients_and_optimizer_states():
+    plan = cost.memory_plan(SIZE, **{**PLAN, "stage": 0}, num_adapter=200)
+    assert plan["weights"] == (8_000 + 200) * 2
+    assert plan["gradients"] == 200 * 2
+    assert plan["optimizer, fp32 master and two moments"] == 200 * 12
+    assert plan["loss workspace"] == 5_000
+    assert plan["whole copy, while evaluating"] == 16_000
+
+
+def test_frozen_weights_cost_no_gradient_of_their_own():
+    flops = cost.step_flops(SIZE, num_tokens=10, num_response_tokens=3, num_adapter=200)
+    assert flops == 4 * (6_000 * 10 + 1_000 * 3) + 6 * 200 * 10

@@ -149,11 +149,11 @@ def test_lower_stages_get_no_stage_3_keys(name):
     assert not [key for key in zero if key.startswith("stage3")]
 
 
-@pytest.mark.parametrize("mode", ["offload", "resident", "cached"])
+@pytest.mark.parametrize("mode", ["offload", "nvme", "resident"])
 @pytest.mark.parametrize("name", ["zero0", "zero3", "zero3_fp32"])
 def test_the_reference_is_sharded_without_optimizer_in_the_policys_precision(name, mode):
     values = ds_json.load(name)
-    merged = ds_json.for_reference(values, mode, hidden_size=64)
+    merged = ds_json.for_reference(values, mode, hidden_size=64, nvme_path="disk", largest=1000)
     zero = merged["zero_optimization"]
     assert zero["stage"] == 3 and zero["stage3_prefetch_bucket_size"] == 0
     assert ds_json.is_bf16(merged) == ds_json.is_bf16(values)
@@ -161,6 +161,10 @@ def test_the_reference_is_sharded_without_optimizer_in_the_policys_precision(nam
     assert "offload_optimizer" not in zero
     if mode == "offload":
         assert zero["offload_param"] == {"device": "cpu", "pin_memory": True}
+    elif mode == "nvme":
+        offload = zero["offload_param"]
+        assert (offload["device"], offload["nvme_path"], offload["buffer_size"]) == ("nvme", "disk", 1000)
+        assert merged["aio"]["block_size"] == 2**20
     else:
         assert "offload_param" not in zero
     ds_json.check({k: v for k, v in merged.items() if k not in ds_json.OWNED}, "reference")

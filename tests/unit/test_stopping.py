@@ -8,7 +8,8 @@ import math
 import pytest
 
 from unlearn_ds import arguments, stopping
-from unlearn_ds.config import UsageError, check, fingerprint, replace
+from unlearn_ds.checks import check
+from unlearn_ds.config import UsageError, fingerprint, replace
 
 NAN = math.nan
 LOSSES = {"forget": "ce", "mismatch": "ce", "retain": "kl"}
