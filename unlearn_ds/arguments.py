@@ -49,7 +49,7 @@ def parse(flags: Mapping[str, Any]) -> RunConfig:
     """Build the configuration from flags as Python Fire hands them over (names without dashes, values as typed text).
 
     Raises ``UsageError`` for an unknown flag, scenario or preset and for a value of the wrong type. Values are checked
-    against each other and against the disk by ``config.check``, not here.
+    against each other and against the disk by ``checks.check``, not here.
     """
     given = {_dotted(name): value for name, value in flags.items() if name not in IGNORED}
     knobs = {name: _coerce(name, value) for name, value in given.items()}

@@ -68,7 +68,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    name: str = knob("ga_mismatch", "ga_mismatch, gradient_ascent, gradient_difference or memorize")
+    name: str = knob("ga_mismatch", "ga_mismatch, ga_mismatch_ce, gradient_ascent, gradient_difference or memorize")
     eps_forget: float = knob(1.0, "weight of the forget term (ascent)")
     eps_mismatch: float = knob(1.0, "weight of the mismatch term; 0 skips its rows")
     eps_retain: float = knob(1.0, "weight of the retain term; 0 skips its rows and the reference")

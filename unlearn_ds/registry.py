@@ -18,6 +18,7 @@ SCENARIOS: Mapping[str, str] = {
 
 OBJECTIVES: Mapping[str, str] = {
     "ga_mismatch": "unlearn_ds.objectives.ga_mismatch:terms",
+    "ga_mismatch_ce": "unlearn_ds.objectives.ga_mismatch_ce:terms",
     "gradient_ascent": "unlearn_ds.objectives.gradient_ascent:terms",
     "gradient_difference": "unlearn_ds.objectives.gradient_difference:terms",
     "memorize": "unlearn_ds.objectives.memorize:terms",

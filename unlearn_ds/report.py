@@ -90,8 +90,8 @@ def rows(evaluation: Mapping[str, Any]) -> list[Row]:
         old, new = before.get(name) or {}, after.get(name) or {}
         shown = [key for side in (old, new) for key in side if key in METRICS or _number(side, key) is not None]
         for key in _ordered(METRICS, [key for key in shown if not COUNT.fullmatch(key)]):
-            metric = METRICS.get(key, Metric(_words(key)))
-            label = _words(str(evaluation.get("headline") or metric.label)) if key == "rate" else metric.label
+            metric = METRICS.get(key, Metric(words(key)))
+            label = words(str(evaluation.get("headline") or metric.label)) if key == "rate" else metric.label
             better = metric.forget if name in FORGET_SETS else metric.keep
             table.append(_row(name, key, metric._replace(label=label), better, _number(old, key), _number(new, key)))
     return table
@@ -123,9 +123,9 @@ def print_table(evaluation: Mapping[str, Any]) -> None:
 def heading(evaluation: Mapping[str, Any], name: str) -> str:
     """Title of a set with what was counted in it: ``Neutral texts (24 texts, 140 choices)``."""
     side = next((found[name] for when in ("after", "before") if (found := evaluation.get(when) or {}).get(name)), {})
-    counts = [(_number(side, key), _words(key[2:])) for key in side if COUNT.fullmatch(key)]
+    counts = [(_number(side, key), words(key[2:])) for key in side if COUNT.fullmatch(key)]
     counted = ", ".join(f"{count:,.0f} {unit}".strip() for count, unit in counts if count is not None)
-    title = SETS.get(name, (_words(name).capitalize(), ""))[0]
+    title = SETS.get(name, (words(name).capitalize(), ""))[0]
     return f"{title} ({counted})" if counted else title
 
 
@@ -134,21 +134,26 @@ def write(folder: Path) -> Path:
 
     What a missing file would have told is left out, with a line that says so. Returns the path of the page.
     """
-    settings, evaluation = _read(folder / "config.json"), _read(folder / "evaluation.json")
-    steps, samples = _read_lines(folder / "metrics.jsonl"), _read_lines(folder / "answers.jsonl")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.ChainableUndefined,
-        autoescape=True, trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"number": number, "percent": percent, "duration": duration, "words": _words}
-    page = environment.get_template("report.html.j2").render(
-        settings=settings, evaluation=evaluation, steps=steps, rows=rows(evaluation), totals=_totals(steps),
-        samples=samples, history=_history(evaluation), sets=SETS, missing=MISSING, heading=heading, column=column,
+    settings, evaluation = read_json(folder / "config.json"), read_json(folder / "evaluation.json")
+    steps, samples = read_lines(folder / "metrics.jsonl"), read_lines(folder / "answers.jsonl")
+    page = environment().get_template("report.html.j2").render(
+        settings=settings, evaluation=evaluation, steps=steps, rows=rows(evaluation), totals=totals(steps),
+        samples=samples, history=history(evaluation), sets=SETS, missing=MISSING, heading=heading, column=column,
         plot=plot,
     )  # fmt: skip
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def environment() -> jinja2.Environment:
+    """The templates of this folder, with numbers written as people read them."""
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.ChainableUndefined,
+        autoescape=True, trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    templates.filters |= {"number": number, "percent": percent, "duration": duration, "words": words}
+    return templates
 
 
 def number(value: float | None) -> str:
@@ -180,7 +185,8 @@ def _short(text: str) -> str:
     return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
 
 
-def _words(name: str) -> str:
+def words(name: str) -> str:
+    """A name as people write it: ``hallucinated_answers`` -> hallucinated answers."""
     return name.replace("_", " ")
 
 
@@ -218,11 +224,12 @@ def _change(unit: str, old: float | None, new: float | None) -> str:
     return f"{'' if text == '0' else '+' if difference > 0 else '-'}{text}{suffix}"
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of a run folder; empty when it is missing."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> list[dict[str, Any]]:
     """The steps of a run; a line that a crash cut short is not one."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
@@ -239,17 +246,17 @@ def column(entries: Sequence[Mapping[str, Any]], *path: str, sign: float = 1.0) 
     return [step for step, _ in pairs], [value for _, value in pairs]
 
 
-def _totals(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def totals(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Sums, medians and maxima over the steps; what no step has is left out."""
     reductions: Mapping[str, Callable[[list[float]], float]] = {
         "step_seconds": sum, "tokens": sum, "response_tokens": sum, "tokens_per_second": statistics.median,
         "mfu": statistics.median, "tflops_per_device": statistics.median, "peak_memory_bytes": max, "lr": max,
     }  # fmt: skip
-    totals = {key: reduce(values) for key, reduce in reductions.items() if (values := column(steps, key)[1])}
-    return totals | {"skipped": sum(bool(step.get("skipped")) for step in steps)}
+    found = {key: reduce(values) for key, reduce in reductions.items() if (values := column(steps, key)[1])}
+    return found | {"skipped": sum(bool(step.get("skipped")) for step in steps)}
 
 
-def _history(evaluation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def history(evaluation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The evaluations in the order of their steps, each step once; none when only the two ends were evaluated."""
     middle = evaluation.get("history") or []
     entries = [entry for entry in (evaluation.get("before"), *middle, evaluation.get("after")) if entry]
@@ -257,8 +264,11 @@ def _history(evaluation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [by_step[step] for step in sorted(by_step)] if len(middle) > 2 else []
 
 
-def plot(curves: Sequence[tuple[str, list[float], list[float]]], share: bool = False) -> str:
-    """Curves (CSS variable, x, y) as SVG coloured by the page, so that it follows dark mode; log beyond two decades."""
+def plot(curves: Sequence[tuple[str, list[float], list[float]]], share: bool = False, fill: bool = True) -> str:
+    """Curves (CSS variable, x, y) as SVG coloured by the page, so that it follows dark mode; log beyond two decades.
+
+    fill: shade what lies below a curve, which helps a single one and muddles many.
+    """
     import matplotlib  # here, so that training does not wait for it
     from matplotlib.figure import Figure
 
@@ -270,7 +280,7 @@ def plot(curves: Sequence[tuple[str, list[float], list[float]]], share: bool = F
         axes = figure.subplots()
         _frame(axes, [value for _, _, y in curves for value in y], share, inks[1])
         for (_, x, y), ink in zip(curves, inks[2:], strict=True):
-            _draw(axes, x, y, ink)
+            _draw(axes, x, y, ink, fill)
         no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(svg, format="svg", transparent=True, metadata=no_metadata)
     text = re.sub(r'.*<svg[^>]*(viewBox="[^"]*")[^>]*>', r"<svg \1>", svg.getvalue(), flags=re.DOTALL)
@@ -299,7 +309,7 @@ def _frame(axes: Any, values: Sequence[float], share: bool, ink: str) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _draw(axes: Any, x: list[float], y: list[float], ink: str) -> None:
+def _draw(axes: Any, x: list[float], y: list[float], ink: str, fill: bool) -> None:
     """Draw one curve; a long one as a thin line with its running mean over a twentieth of the steps."""
     import numpy as np
 
@@ -308,4 +318,5 @@ def _draw(axes: Any, x: list[float], y: list[float], ink: str) -> None:
         around = np.ones(window + 1)
         y = np.convolve(y, around, mode="same") / np.convolve(np.ones(len(y)), around, mode="same")
     axes.plot(x, y, color=ink, linewidth=1.8, marker="o", markersize=4, markevery=[-1] if len(x) > 12 else None)
-    axes.fill_between(x, y, axes.get_ylim()[0], color=ink, alpha=0.08, linewidth=0)
+    if fill:
+        axes.fill_between(x, y, axes.get_ylim()[0], color=ink, alpha=0.08, linewidth=0)

@@ -2,7 +2,7 @@
 
 A rule is a class here and a row in ``registry.STOP_RULES``; ``--stop name:value`` asks for it. The trainer shows
 ``Stopping`` every line of metrics.jsonl and every evaluation, and ends the run when a ``Stop`` comes back. Every rank
-shows it the same numbers, so every rank comes to the same answer. No torch here: ``config.check`` asks the rules too.
+shows it the same numbers, so every rank comes to the same answer. No torch here: ``checks.check`` asks the rules too.
 """
 
 from __future__ import annotations

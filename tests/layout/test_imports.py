@@ -14,11 +14,11 @@ REPOSITORY = Path(__file__).parents[2]
 PACKAGE = "unlearn_ds"
 
 LEVELS = {
-    0: ["__init__", "config", "checks", "registry", "types", "presets", "arguments", "ds_json", "kernels"],
+    0: ["__init__", "config", "checks", "registry", "types", "presets", "studies", "arguments", "ds_json", "kernels"],
     1: ["dist", "log", "ops", "cost", "attention", "stopping"],
     2: ["model", "lora", "reference", "embedded", "data", "objectives", "metrics"],
     3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder", "generate"],
-    4: ["evaluate", "doctor", "build", "prepare", "own_answers"],
+    4: ["evaluate", "doctor", "build", "prepare", "own_answers", "comparison"],
     5: ["trainer"],
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
@@ -26,9 +26,9 @@ LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
 NEIGHBOURS = {("reference", "data.packing"), ("model", "lora")}
 """(room, module) of one level that may be imported all the same."""
 
-LAUNCHERS_MAY_IMPORT = {"trainer", "doctor", "cost", "dist", "log", "run_folder", *LEVELS[0]}
+LAUNCHERS_MAY_IMPORT = {"trainer", "doctor", "cost", "dist", "log", "run_folder", "comparison", *LEVELS[0]}
 
-WITHOUT_TORCH = {"config", "checks", "registry", "presets", "arguments", "ds_json", "stopping"}
+WITHOUT_TORCH = {"config", "checks", "registry", "presets", "studies", "arguments", "ds_json", "stopping"}
 """The command line must answer before torch is loaded."""
 
 THIRD_PARTY = {0: {"torch", "triton"}, 1: {"torch", "triton", "rich", "tqdm", "tensorboard", "flash_attn"}}

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from unlearn_ds.config import ObjectiveConfig
-from unlearn_ds.objectives import active, ga_mismatch, gradient_ascent, gradient_difference, memorize
+from unlearn_ds.objectives import active, ga_mismatch, ga_mismatch_ce, gradient_ascent, gradient_difference, memorize
 from unlearn_ds.registry import OBJECTIVES, resolve
 from unlearn_ds.types import Term
 
@@ -18,6 +18,11 @@ def test_ga_mismatch_ascends_on_forget_descends_on_mismatch_and_anchors_with_kl(
         Term("mismatch", "mismatch", "ce", 0.25),
         Term("retain", "retain", "kl", 2.0),
     ]
+
+
+def test_ga_mismatch_ce_has_the_same_terms_and_holds_with_cross_entropy():
+    expected = [term._replace(loss="ce") for term in ga_mismatch.terms(WEIGHTS)]
+    assert ga_mismatch_ce.terms(WEIGHTS) == expected != ga_mismatch.terms(WEIGHTS)
 
 
 def test_gradient_ascent_is_the_ascent_alone():

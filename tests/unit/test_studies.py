@@ -1,0 +1,185 @@
+"""Studies: every variant resolves, differs from the others in what its study says, and keeps all else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from unlearn_ds import arguments, studies
+from unlearn_ds.config import UsageError, check, fingerprint, replace, to_dict
+from unlearn_ds.presets import PRESETS
+from unlearn_ds.registry import OBJECTIVES, SCENARIOS, resolve
+from unlearn_ds.studies import STUDIES
+
+DIFFER = {
+    "mismatch": {"objective.eps_mismatch"},
+    "retain_loss": {"objective.name"},
+    "reply": {"data.mismatch_text"},
+    "longer": {"optim.max_steps"},
+    "bound": {"objective.forget_bound"},
+    "published": {
+        "objective.num_mismatch", "objective.eps_mismatch", "objective.eps_retain", "objective.forget_bound",
+        "optim.learning_rate", "optim.weight_decay", "optim.warmup_ratio", "optim.gradient_clipping", "optim.max_steps",
+    },
+}  # fmt: skip
+"""Study -> knobs in which the runs of the embedded model differ."""
+CASES = [(study, scenario) for study in STUDIES for scenario in SCENARIOS]
+
+
+def runs(study, folder="study", **flags):
+    plan = studies.plan(study, flags, Path(folder))
+    return {label: arguments.parse(knobs) for label, knobs in plan.items()}
+
+
+def flat(run):
+    values = to_dict(run)
+    sections = {f"{s}.{k}": v for s, inner in values.items() if isinstance(inner, dict) for k, v in inner.items()}
+    return {**{k: v for k, v in values.items() if not isinstance(v, dict)}, **sections}
+
+
+def terms(run):
+    return resolve("objective", run.objective.name, OBJECTIVES)(run.objective)
+
+
+@pytest.mark.parametrize(("study", "scenario"), CASES)
+def test_variants_resolve_and_differ_in_what_the_study_says(study, scenario):
+    found = runs(study, scenario=scenario, seed="7")
+    values = [flat(run) for run in found.values()]
+    for label, run in found.items():
+        check(run)
+        assert run.output_dir == f"study/{label}" and (run.scenario, run.seed) == (scenario, 7)
+    assert {knob for knob in values[0] if len({repr(each[knob]) for each in values}) > 1} == DIFFER[study] | {
+        "output_dir"
+    }
+    assert len({fingerprint(run) for run in found.values()}) == len(STUDIES[study].variants)
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_terms_of_the_variants_are_those_that_the_paper_compares(scenario):
+    ascent, both = (terms(run) for run in runs("mismatch", scenario=scenario).values())
+    assert [term.name for term in ascent] == ["forget", "retain"]
+    assert [term.name for term in both] == ["forget", "mismatch", "retain"]
+    kl, ce = (terms(run) for run in runs("retain_loss", scenario=scenario).values())
+    assert [term.loss for term in kl] == ["ce", "ce", "kl"] and [term.loss for term in ce] == ["ce"] * 3
+    assert [term._replace(loss="") for term in kl] == [term._replace(loss="") for term in ce]
+    bound, free = (terms(run)[0].bound for run in runs("bound", scenario=scenario).values())
+    assert bound == 3.0 and free == float("inf")
+
+
+def test_the_reply_is_the_papers_or_the_users():
+    random, fixed = runs("reply").values()
+    assert (random.data.mismatch_text, fixed.data.mismatch_text) == (None, "I can't help with that.")
+    random, fixed = runs("reply", mismatch_text="No.").values()
+    assert (random.data.mismatch_text, fixed.data.mismatch_text) == (None, "No.")
+    random, fixed = runs("reply", mismatch_data=str(Path(__file__))).values()
+    assert random.data.mismatch_data and fixed.data.mismatch_data is None
+
+
+def test_longer_counts_from_what_flags_and_preset_resolve_to():
+    steps = [run.optim.max_steps for run in runs("longer", max_steps="15").values()]
+    assert steps == [15, 30, 60]
+    steps = [run.optim.max_steps for run in runs("longer", preset="opt-1.3b").values()]
+    assert steps == [1000, 2000, 4000]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_published_takes_the_published_row_and_about_as_many_tokens(scenario):
+    ours, published, our_rate = runs("published", scenario=scenario).values()
+    row = PRESETS[scenario]["opt-1.3b"]
+    values = flat(published)
+    taken = [knob for knob in row if knob.startswith(("objective.", "optim."))]
+    assert {knob for knob in taken if values[knob] != row[knob]} == {"optim.batch_size", "optim.max_steps"}
+    retain = 0.5 if scenario == "hallucination" else 1.0
+    assert (published.objective.eps_forget, published.objective.eps_mismatch) == (0.5, 1.0)
+    assert (published.objective.eps_retain, published.optim.learning_rate) == (retain, 2e-6)
+    assert published.model == ours.model and published.data == ours.data
+    assert replace(our_rate, **{"optim.learning_rate": 2e-6}, output_dir="") == replace(published, output_dir="")
+    assert our_rate.optim.learning_rate == ours.optim.learning_rate
+    for run in (ours, published):
+        assert (run.optim.batch_size, run.optim.retain_batch_size) == (8, 6)
+    rows = [run.optim.max_steps * (8 + 8 * run.objective.num_mismatch + 6) for run in (ours, published)]
+    assert rows == [40 * 22, 16 * 54] and rows[1] == pytest.approx(rows[0], rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("flags", "rows"),
+    [
+        ({"batch_size": "4", "retain_batch_size": "8", "num_mismatch": "2"}, (4 + 8 + 8, 4 + 20 + 8)),
+        ({"eps_mismatch": "0"}, (8 + 6, 8 + 40 + 6)),
+        ({"eps_retain": "0"}, (8 + 8, 8 + 40 + 6)),
+        ({"gradient_accumulation_steps": "4"}, (22, 54)),
+    ],
+)
+def test_published_steps_follow_batch_sizes_and_terms_that_act(flags, rows):
+    published = runs("published", max_steps="1000", **flags)["published"]
+    assert published.optim.max_steps == round(1000 * rows[0] / rows[1])
+
+
+@pytest.mark.parametrize(
+    ("study", "flags", "said"),
+    [
+        ("mismach", {}, "unknown study 'mismach'. Did you mean 'mismatch'"),
+        ("", {}, "unknown study ''. Valid names: bound, longer, mismatch, published, reply, retain_loss"),
+        ("mismatch", {"eps_mismach": "1"}, "unknown flag '--eps_mismach'. Did you mean '--eps_mismatch'"),
+        ("mismatch", {"eps_mismatch": "0"}, "'mismatch' needs --eps_mismatch above 0; with these flags it is 0.0"),
+        ("bound", {"model": "org/other"}, "'bound' needs --forget_bound above 0"),
+        ("retain_loss", {"objective": "memorize"}, "study 'retain_loss' sets --objective itself"),
+        ("published", {"learning_rate": "2e-6"}, "'published' and 'published-our-rate' are the same run"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_with_the_reason(study, flags, said):
+    with pytest.raises(UsageError, match=said):
+        runs(study, **flags)
+
+
+def test_a_change_takes_precedence_over_the_flag_however_that_is_written():
+    for flag in ("eps_mismatch", "objective.eps_mismatch"):
+        found = runs("mismatch", **{flag: "0.7"}, local_rank="0")
+        assert [run.objective.eps_mismatch for run in found.values()] == [0.0, 0.7]
+
+
+def test_every_study_says_in_one_line_what_it_is():
+    lines = studies.help_text().splitlines()
+    assert max(map(len, lines)) <= 80 or lines[0].startswith("usage")
+    for name, study in STUDIES.items():
+        assert sum(line.split() == [name, *study.title.split()] for line in lines) == 1
+        assert study.source and len(study.variants) >= 2
+
+
+@pytest.fixture
+def variant(tmp_path):
+    return runs("mismatch", tmp_path)["ascent-alone"]
+
+
+def leave(run, ds_config="zero3", after=None):
+    folder = Path(run.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    resolved = replace(run, **{"engine.ds_config": ds_config})
+    settings = {**to_dict(resolved), "fingerprint": fingerprint(resolved), "world_size": 1}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "evaluation.json").write_text(json.dumps({"before": {"step": 0}, "after": after}))
+
+
+def test_a_folder_without_a_step_is_new(variant):
+    assert studies.state(variant) == "new"
+    leave(variant)
+    (Path(variant.output_dir) / "evaluation.json").unlink()
+    assert studies.state(variant) == "new"
+
+
+@pytest.mark.parametrize("ds_config", ["zero3", "zero3_fp32"])
+def test_a_run_is_known_again_whatever_auto_stood_for_where_it_ran(variant, ds_config):
+    leave(variant, ds_config)
+    assert studies.state(variant) == "unfinished"
+    leave(variant, ds_config, after={"step": 40})
+    assert studies.state(variant) == "finished"
+
+
+def test_a_run_with_other_settings_or_none_of_ours_is_not_taken_for_this_one(variant):
+    leave(variant, after={"step": 40})
+    assert studies.state(replace(variant, seed=1)) == "other"
+    assert studies.state(replace(variant, **{"engine.ds_config": "zero2"})) == "other"
+    (Path(variant.output_dir) / "config.json").write_text('{"model_type": "llama"}')
+    assert studies.state(variant) == "other"

@@ -1,0 +1,179 @@
+"""Ablations as the paper has them: one row of ``STUDIES`` a study, its variants as changes of knobs.
+
+A variant is the run that the user's flags describe with the changes of its row; ``launchers/ablate.py`` runs them.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from unlearn_ds import arguments
+from unlearn_ds.config import RunConfig, UsageError, fingerprint
+from unlearn_ds.presets import PRESETS
+from unlearn_ds.registry import check_name
+
+Changes = Mapping[str, Any] | Callable[[RunConfig], Mapping[str, Any]]
+"""Dotted knob -> value, or a function of the run without changes that gives it."""
+
+
+class Study(NamedTuple):
+    """``title``: one line. ``source``: where the paper (arXiv 2310.10683) or its code has it. ``variants``: label ->
+    changes; the label is also the folder. ``needs``: knobs that must be above 0, or the variants would not differ."""
+
+    title: str
+    source: str
+    variants: Mapping[str, Changes]
+    needs: tuple[str, ...] = ()
+
+
+FIXED_REPLY = "I can't help with that."
+
+
+def _fixed_reply(base: RunConfig) -> Mapping[str, Any]:
+    return {"data.mismatch_data": None, "data.mismatch_text": base.data.mismatch_text or FIXED_REPLY}
+
+
+def _times(factor: int) -> Changes:
+    return lambda base: {"optim.max_steps": factor * base.optim.max_steps}
+
+
+def _published(base: RunConfig) -> Mapping[str, Any]:
+    """The published objective and optimizer, as many forget and retain rows a step, about as many tokens in all.
+
+    Rows of all three terms are taken to be equally long: with K = 5 a step has more of them, so there are fewer steps.
+    """
+    preset = PRESETS[base.scenario]["opt-1.3b"]
+    changes = {
+        knob: value
+        for knob, value in preset.items()
+        if knob.startswith(("objective.", "optim.")) and knob not in ("optim.batch_size", "optim.max_steps")
+    }
+    forget, retain = base.optim.batch_size, base.optim.retain_batch_size
+    objective = base.objective
+    rows = forget * (objective.eps_forget > 0) + retain * (objective.eps_retain > 0)
+    rows += forget * objective.num_mismatch * (objective.eps_mismatch > 0)
+    published_rows = forget * (1 + preset["objective.num_mismatch"]) + retain
+    return {**changes, "optim.max_steps": max(1, round(base.optim.max_steps * rows / published_rows))}
+
+
+def _published_with_our_rate(base: RunConfig) -> Mapping[str, Any]:
+    return {**_published(base), "optim.learning_rate": base.optim.learning_rate}
+
+
+STUDIES: Mapping[str, Study] = {
+    "mismatch": Study(
+        "gradient ascent alone, and with random mismatch",
+        "the paper's two methods, GA and GA+Mismatch, in its tables of results for all three scenarios",
+        {"ascent-alone": {"objective.eps_mismatch": 0.0}, "with-mismatch": {}},
+        needs=("objective.eps_mismatch",),
+    ),
+    "retain_loss": Study(
+        "KL to the original model, and cross-entropy, on normal data",
+        "the paper's ablation of the loss on normal data",
+        {"kl": {"objective.name": "ga_mismatch"}, "cross-entropy": {"objective.name": "ga_mismatch_ce"}},
+        needs=("objective.eps_retain",),
+    ),
+    "reply": Study(
+        "random normal answers, and one fixed reply, as mismatch",
+        "the paper's templated outputs; --mismatch_text gives another reply",
+        {"random-answers": {"data.mismatch_text": None}, "fixed-reply": _fixed_reply},
+        needs=("objective.eps_mismatch",),
+    ),
+    "longer": Study(
+        "one, two and four times the optimizer steps",
+        "the paper's advice to unlearn 3 to 5 times longer than until the loss jumps",
+        {"1x": {}, "2x": _times(2), "4x": _times(4)},
+    ),
+    "bound": Study(
+        "the ascent with and without --forget_bound",
+        "ours: the ascent of the paper has no bound, and the one of its code never acts",
+        {"bound": {}, "no-bound": {"objective.forget_bound": 0.0}},
+        needs=("objective.forget_bound",),
+    ),
+    "published": Study(
+        "our settings, and the published ones, for as many tokens",
+        "the OPT-1.3B row of the paper's hyper-parameter tables, its code's optimizer, K = 5; answer masks repaired",
+        {"ours": {}, "published": _published, "published-our-rate": _published_with_our_rate},
+    ),
+}
+
+
+def plan(name: str, flags: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
+    """Variant -> dotted knob -> value of its run in ``folder/VARIANT``, as ``arguments.parse`` takes them.
+
+    flags: those of ``launchers/train.py``, which hold for every variant. Raises ``UsageError`` for an unknown study,
+    for flags that ``parse`` refuses, and for flags under which variants would not differ or that none of them follows.
+    """
+    try:
+        check_name("study", name, STUDIES)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    study = STUDIES[name]
+    given = {arguments.FLAT.get(flag, flag): value for flag, value in flags.items() if flag not in arguments.IGNORED}
+    base = arguments.parse(given)
+    for knob in study.needs:
+        if _value(base, knob) <= 0:
+            raise UsageError(
+                f"study '{name}' needs --{_flag(knob)} above 0; with these flags it is {_value(base, knob)}."
+            )
+    changes = {label: made(base) if callable(made) else made for label, made in study.variants.items()}
+    variants = {label: {**given, **changed} for label, changed in changes.items()}
+    runs = {label: arguments.parse(knobs) for label, knobs in variants.items()}
+    for knob in given:
+        if all(_value(run, knob) != _value(base, knob) for run in runs.values()):
+            raise UsageError(f"study '{name}' sets --{_flag(knob)} itself; leave the flag out.")
+    labels = list(runs)
+    for n, label in enumerate(labels):
+        for other in labels[:n]:
+            if runs[label] == runs[other]:
+                raise UsageError(f"study '{name}': with these flags '{other}' and '{label}' are the same run.")
+    return {label: {**knobs, "output_dir": str(folder / label)} for label, knobs in variants.items()}
+
+
+def state(run: RunConfig) -> str:
+    """What the output folder of a variant holds: "new" (no step yet), "unfinished", "finished", or "other" (another
+    run, or this one with other data)."""
+    folder = Path(run.output_dir or "")
+    if not any((folder / name).exists() for name in ("metrics.jsonl", "evaluation.json", "checkpoints", "model")):
+        return "new"
+    settings = _read(folder / "config.json")
+    if not {"fingerprint", "engine"} <= settings.keys():
+        return "other"
+    # What auto stood for on the machine of that run, which need not be this one.
+    run = arguments.for_machine(run, settings["engine"]["ds_config"] == "zero3")
+    if settings["fingerprint"] != fingerprint(run):
+        return "other"
+    return "finished" if _read(folder / "evaluation.json").get("after") else "unfinished"
+
+
+def help_text() -> str:
+    """The help page of ``launchers/ablate.py``: every study with its title."""
+    lines = [
+        "usage: python launchers/ablate.py --study mismatch --scenario hallucination [--flag value ...]", "",
+        "Runs the variants of a study one after another and compares them. A finished variant is",
+        "not run again, an interrupted one goes on: give the same command again.", "",
+        "studies:", *(f"  {name:<12} {study.title}" for name, study in STUDIES.items()), "",
+        "  --study NAME         one of the above",
+        "  --launch COMMAND     what starts a run, \"deepspeed --num_gpus 8\" for example [this python]",
+        "  --output_dir FOLDER  folder of the study; each variant has its own in it [runs/ablation-STUDY]",
+        "  --overwrite          run every variant again",
+        "  --dry_run            say what would be run, and stop", "",
+        "Every other flag holds for all variants: see python launchers/train.py --help.",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _value(run: RunConfig, knob: str) -> Any:
+    return functools.reduce(getattr, knob.split("."), run)
+
+
+def _flag(knob: str) -> str:
+    return {dotted: flag for flag, dotted in arguments.FLAT.items()}.get(knob, knob)
