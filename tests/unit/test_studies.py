@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from unlearn_ds import arguments, studies
-from unlearn_ds.config import UsageError, check, fingerprint, replace, to_dict
+from unlearn_ds.checks import check
+from unlearn_ds.config import UsageError, fingerprint, replace, to_dict
 from unlearn_ds.presets import PRESETS
 from unlearn_ds.registry import OBJECTIVES, SCENARIOS, resolve
 from unlearn_ds.studies import STUDIES
