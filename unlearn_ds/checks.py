@@ -76,7 +76,7 @@ def _check_numbers(config: RunConfig) -> None:
         "--retain_batch_size": optim.retain_batch_size, "--data.limit": config.data.limit,
         "--eval.margin": config.eval.margin, "--memorize.eps_retain": config.memorize.eps_retain,
         "--optim.adam_beta1": optim.adam_beta1, "--optim.adam_beta2": optim.adam_beta2,
-        "--eval.num_untemplated": config.eval.num_untemplated,
+        "--eval.num_other_form": config.eval.num_other_form,
         "--stop.extra": config.stop.extra, "--stop.max_accuracy_drop": config.stop.max_accuracy_drop,
         "--stop.max_perplexity_rise": config.stop.max_perplexity_rise,
         "--lora_rank": config.lora.rank,

@@ -136,7 +136,7 @@ class EvalConfig:
     num_unseen: int = knob(60, "unseen rows evaluated")
     num_normal: int = knob(40, "held-out normal rows evaluated")
     num_harmless: int = knob(40, "harmless prompts evaluated for over-refusal")
-    num_untemplated: int = knob(20, "unlearned prompts also asked without the template; 0: none")
+    num_other_form: int = knob(20, "unlearned prompts also asked without the template of the run; 0: none")
     num_neutral_choices: int = knob(140, "neutral multiple-choice questions")
     num_neutral_texts: int = knob(24, "neutral running texts")
     max_new_tokens: int = knob(32, "length of generated answers")

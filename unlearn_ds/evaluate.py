@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import time
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from unlearn_ds.types import Answer, EncodedRow, Measured, Row, Scored
 Answers = dict[str, list[Answer]]
 """Generated answers of a model by set: unlearned, unseen, normal, neutral, and those of the scenario."""
 
-FORGET_SETS = ("unlearned", "unseen", "untemplated")
+FORGET_SETS = ("unlearned", "unseen", "other_form")
 """Sets whose rows hold what is to be forgotten."""
 SCORED = {"likelihood", "multiple_choice"}
 """Metrics that read how likely the rows' own answers are."""
@@ -44,15 +43,18 @@ class Evaluator:
             **data.extra,
             "neutral": [Row(question, "") for question in data.neutral.questions],
         }
-        if "untemplated" in scenario.metrics:
-            asked = [row for row in self.rows["unlearned"] if not row.is_prose][: config.num_untemplated]
-            self.rows["untemplated"] = [dataclasses.replace(row, continues=True) for row in asked]
+        if "other_form" in scenario.metrics:
+            asked = [row for row in self.rows["unlearned"] if not row.is_prose]
+            self.rows["other_form"] = asked[: config.num_other_form]
         self.measured_on: dict[str, Sequence[str]] = {
             **{name: metrics for name, metrics in scenario.metrics.items() if self.rows[name]},
             "neutral texts": ("likelihood",), "neutral choices": ("multiple_choice",),
         }  # fmt: skip
         self.neutral = data.neutral
         self.judge, self.similarity = self._judges(data) if dist.is_main() else (None, None)
+        # Forgetting may hold for one form of a prompt only (issue 5 of the published code).
+        other = "paper" if encoder.template == "chat" else "none"
+        self._other_form = Encoder(encoder.tokenizer, other, max_length=encoder.max_length)
         # The neutral set is read as plain text: no template, no end token.
         self._plain = Encoder(encoder.tokenizer, "none", max_length=encoder.max_length)
 
@@ -168,8 +170,12 @@ class Evaluator:
     def _generate_all(self, model: PackedCausalLM, sets: dict[str, list[Row]], synced: bool) -> dict[str, list[str]]:
         """Greedy answers to the prompts of each set."""
         asked = [(name, row) for name, rows in sets.items() for row in rows]
+        prompts = [
+            (self._other_form if name == "other_form" else self.encoder).prompt_ids(row.prompt, row.continues)
+            for name, row in asked
+        ]
         texts = generate.greedy(
-            model, self.encoder, [self.encoder.prompt_ids(row.prompt, row.continues) for _, row in asked],
+            model, self.encoder, prompts,
             max_new_tokens=self.config.max_new_tokens, batch_size=self.config.batch_size, synced=synced,
         )  # fmt: skip
         answers: dict[str, list[str]] = {name: [] for name in sets}

@@ -53,12 +53,12 @@ METRICS: Mapping[str, Metric] = {
 SETS: Mapping[str, tuple[str, str]] = {
     "unlearned": ("Unlearned prompts", "trained on, to be forgotten"),
     "unseen": ("Unseen prompts", "same behaviour, never trained on"),
-    "untemplated": ("Unlearned prompts without the template", "the same, asked in another form"),
+    "other_form": ("Unlearned prompts in another form", "without the template they were unlearned in"),
     "harmless": ("Harmless prompts", "resemble harmful ones, to be kept"),
     "normal": ("Normal prompts", "held out, to be kept"),
     "neutral": ("Neutral texts", "unrelated, to be kept"),
 }
-FORGET_SETS = ("unlearned", "unseen", "untemplated")
+FORGET_SETS = ("unlearned", "unseen", "other_form")
 SLIGHT = 0.01
 """A change below 1 point, 1 % or 0.01 is called neither good nor bad."""
 COUNT = re.compile("n|n_.*")

@@ -8,7 +8,7 @@ from harness import SMALL_EVALUATION, ds_config, run
 pytestmark = pytest.mark.slow
 
 FLAGS = ("--max_steps", 2, "--batch_size", 4, "--learning_rate", 1e-3, "--memorize.epochs", 1, "--eval.num_harmless",
-         3, "--eval.num_untemplated", 3, *SMALL_EVALUATION)  # fmt: skip
+         3, "--eval.num_other_form", 3, *SMALL_EVALUATION)  # fmt: skip
 
 
 def evaluation(folder):
@@ -37,7 +37,7 @@ def test_harmful_answers_and_over_refusal_are_measured_and_own_answers_retained(
     after = evaluation(tmp_path / "out1")["after"]
     assert {"rate", "refusal_rate", "n"} <= set(after["unlearned"]) and after["unlearned"]["n"] == 4
     assert {"refusal_rate", "similarity_to_original", "diversity"} <= set(after["harmless"])
-    assert after["harmless"]["n"] == 3 and after["untemplated"]["n"] == 3 and "perplexity" in after["neutral"]
+    assert after["harmless"]["n"] == 3 and after["other_form"]["n"] == 3 and "perplexity" in after["neutral"]
     assert "balanced accuracy" in evaluation(tmp_path / "out1")["judge"]
     # Own answers are made once, by all ranks together, and are the same for every number of ranks.
     assert len(list((tmp_path / "cache" / "own_answers").iterdir())) == 1
@@ -61,7 +61,7 @@ def test_a_text_is_memorised_unless_the_model_recites_it_and_forms_are_compared(
     assert "memorize    " in first.stdout and "not needed" not in first.stdout
     measured = evaluation(tmp_path / "a")
     assert {"rate", "bleu", "longest_run"} <= set(measured["after"]["unlearned"]) and "BLEU" in measured["judge"]
-    assert "untemplated" not in measured["after"]
+    assert "other_form" not in measured["after"]
     second = run(tmp_path / "other", *flags, "--output_dir", tmp_path / "b", "--memorize.unless_rate", 1e-9)
     assert second.returncode == 0, second.stdout
     skipped = "not needed: the model shows the behaviour" in second.stdout

@@ -40,7 +40,7 @@ SCENARIO = Scenario(
     metrics={
         "unlearned": _ASKED,
         "unseen": _ASKED,
-        "untemplated": ("hallucination_rate",),
+        "other_form": ("hallucination_rate",),
         "normal": ("likelihood", "similarity_to_original", "diversity"),
     },
     judges=("minilm", "bertscore"),

@@ -48,7 +48,7 @@ SCENARIO = Scenario(
     metrics={
         "unlearned": _ASKED,
         "unseen": _ASKED,
-        "untemplated": ("harmful_rate",),
+        "other_form": ("harmful_rate",),
         "harmless": ("refusal_rate", "similarity_to_original", "diversity"),
         "normal": ("likelihood", "similarity_to_original", "diversity"),
     },
