@@ -163,7 +163,7 @@ def memorized(
     outcome = Run(config, policy, loader, stop, build.stopping(config)).fit({"step": 0, "skipped_in_a_row": 0})
     if outcome.exit_code == FINISHED:
         card = (
-            f"# {config.model.path}, fine-tuned on {len(data.memorize)} wrong answers: only a subject for unlearning\n"
+            f"# {config.model.path}, fine-tuned on {len(data.memorize)} rows to forget: only a subject for unlearning\n"
         )
         engine.export(policy, folder, encoder.tokenizer, card)
     policy.close()
