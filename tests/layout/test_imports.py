@@ -19,7 +19,9 @@ LEVELS = {
     2: ["model", "lora", "reference", "embedded", "data", "objectives", "metrics"],
     3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder", "generate"],
     4: ["evaluate", "doctor", "build", "prepare", "own_answers", "comparison"],
-    5: ["trainer"],
+    5: ["loop"],
+    6: ["memorize"],
+    7: ["trainer"],
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
 

@@ -1,0 +1,204 @@
+"""The loop of optimizer steps: a packed forward, backward and update each, with evaluations, checkpoints and stops."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from unlearn_ds import build, checkpoint, cost, dist, engine, log, lora, ops, run_folder
+from unlearn_ds import model as models
+from unlearn_ds.config import RunConfig
+from unlearn_ds.data.loader import Loader
+from unlearn_ds.evaluate import Answers, Evaluator
+from unlearn_ds.stopping import Stop, Stopping
+from unlearn_ds.types import PackedBatch, Term
+
+FINISHED, DIVERGED, STOPPED = 0, 3, 75
+"""Exit codes; ``UsageError`` is 2."""
+
+
+class Outcome(NamedTuple):
+    """How a run ended: after which step, why, with which exit code, and by which rule when it is finished."""
+
+    step: int
+    reason: str
+    exit_code: int
+    rule: str | None = None
+
+
+@dataclass
+class Run:
+    """What the loop works on. Without ``folder`` it leaves no record (the memorising run)."""
+
+    config: RunConfig
+    policy: engine.Policy
+    loader: Loader
+    stop: log.StopSignal
+    stopping: Stopping
+    reference: build.Reference | None = None
+    folder: Path | None = None
+    evaluator: Evaluator | None = None
+    record: run_folder.EvaluationRecord | None = None
+    originals: Answers = field(default_factory=dict)
+    measured: tuple[int, dict[str, Any], Answers] | None = None
+    """Step, numbers and answers of the newest evaluation."""
+
+    def __post_init__(self) -> None:
+        self.size = models.size(self.policy.model.config)
+        self.num_adapter = lora.size(self.policy.model.config, self.config.lora)
+        self.peak_flops = cost.peak_flops(engine.device_name())
+
+    def begin(self, state: dict[str, Any] | None) -> None:
+        """Evaluate before the first step, or take up state and record of the run that is being resumed."""
+        if state is None:
+            self.stopping.after_evaluation(self.evaluate(0, "before"))
+        else:
+            log.say(f"resume      after step {state['step']}")
+            self.stopping.restore(state["stopping"])
+            if self.record is not None and dist.is_main():
+                self.originals = self.record.restore()
+        if not checkpoint.keep_only(self.folder / "best", self.stopping.best_step):
+            log.say(f"best        the state of step {self.stopping.best_step} is gone: the best one is looked for anew")
+            self.stopping.forget_best()
+
+    def fit(self, state: dict[str, Any]) -> Outcome:
+        """Take optimizer steps until they are done, a stop rule fires, the model diverges, or a signal asks to stop.
+
+        A state is evaluated at the start of the next step: after its checkpoint, which therefore never knows of it.
+        """
+        config, total = self.config, self.config.optim.max_steps
+        progress = log.Progress(total, state["step"], config.objective.name, config.log.progress)
+        with progress, log.MetricsLog(self.folder, config.log.tensorboard, state["step"]) as metrics:
+            for step in range(state["step"] + 1, total + 1):
+                if due(step - 1, config.eval.every) and (fired := self.consider(self.evaluate(step - 1), metrics)):
+                    return Outcome(step - 1, fired.reason, FINISHED, fired.rule)
+                line, signalled = self.step(step, self.stop.asked)
+                metrics.write(run_folder.finite(line))
+                fired = self.stopping.after_step(line)
+                losses = {term.name: line[f"loss_{term.name}"] for term in self.loader.terms}
+                progress.update(losses, self.stopping.last_step)
+                skipped = state["skipped_in_a_row"] + 1 if line["skipped"] else 0
+                state = {"step": step, "skipped_in_a_row": skipped, "stopping": self.stopping.state()}
+                if skipped >= config.optim.max_skipped:
+                    saved = self.save(state)
+                    reason = f"{config.optim.max_skipped} steps in a row were not finite and not applied"
+                    return Outcome(
+                        step, reason + (f"; {saved} holds the weights before them" if saved else ""), DIVERGED
+                    )
+                leaving = signalled and step < total and not fired
+                saved = self.save(state) if leaving or due(step, config.checkpoint.save_every) else None
+                if fired:
+                    return Outcome(step, fired.reason, FINISHED, fired.rule)
+                if leaving:
+                    hint = "; go on with --resume auto" if saved else ""
+                    return Outcome(step, f"a signal asked to stop{hint}", STOPPED)
+        return Outcome(total, self.stopping.after_last_step(), FINISHED, "max_steps")
+
+    def consider(self, result: dict[str, Any], metrics: log.MetricsLog | None = None) -> Stop | None:
+        """Show an evaluation to the stop rules and to TensorBoard; keep the state when it is the best so far."""
+        if metrics is not None:
+            metrics.scalars("eval", flat(result), result.get("step", 0))
+        best = self.stopping.best_step
+        fired = self.stopping.after_evaluation(result)
+        if self.stopping.best_step != best:
+            checkpoint.save(self.policy, self.folder / "best", result["step"], {}, keep=1)
+        return fired
+
+    def finish(self, outcome: Outcome) -> Outcome:
+        """Evaluate the last state; where the stop rules keep the best one and it is another, go back to that."""
+        known = self.measured is not None and self.measured[0] == outcome.step
+        result = self.evaluate(outcome.step, "after")
+        if not known:
+            self.consider(result)
+        best = self.stopping.best_step
+        if best is None:
+            return outcome
+        reason = self.stopping.describe_best()
+        if best != outcome.step:
+            log.say(f"best        {reason}: back to it")
+            checkpoint.load_newest(self.policy, self.folder / "best")
+            self.evaluate(best, "after")
+        return outcome._replace(reason=f"{outcome.reason}; {reason}")
+
+    def step(self, step: int, stop_asked: bool) -> tuple[dict[str, Any], bool]:
+        """One optimizer step; returns its line of metrics.jsonl and whether a rank was asked to stop."""
+        began, device = time.perf_counter(), self.policy.model.device
+        counted = torch.zeros(len(self.loader.terms) + 2, dtype=torch.float64)
+        for batch in self.loader.micro_batches(step - 1):
+            batch = batch.to(device)
+            output = self.policy.loss(batch, self.reference.rows(batch) if self.reference else None)
+            self.policy.backward(output.loss)
+            result = self.policy.step()
+            counts = torch.tensor([batch.num_tokens, batch.num_response_tokens])
+            counted += torch.cat([term_values(output.loss_N, batch, self.loader.terms), counts])
+        *values, tokens, response_tokens, stopping = dist.sums([*counted.tolist(), stop_asked], device)
+        seconds = time.perf_counter() - began
+        flops = cost.step_flops(self.size, tokens, response_tokens, self.num_adapter) / dist.world_size()
+        line: dict[str, Any] = {"step": step, "loss": 0.0}
+        for term, value in zip(self.loader.terms, values, strict=True):
+            line[f"loss_{term.name}"] = math.copysign(value, term.weight) / dist.world_size()
+            line["loss"] += abs(term.weight) * line[f"loss_{term.name}"]
+        return line | {
+            "grad_norm": result.grad_norm, "lr": result.learning_rate, "skipped": result.skipped,
+            "tokens": int(tokens), "response_tokens": int(response_tokens), "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds, "tflops_per_device": flops / seconds / 1e12,
+            "mfu": flops / seconds / self.peak_flops if self.peak_flops else None,
+            "peak_memory_bytes": engine.peak_memory_bytes(device),
+        }, bool(stopping)  # fmt: skip
+
+    def save(self, state: dict[str, int]) -> Path | None:
+        """Write a checkpoint and return it; None for a run without a folder."""
+        if self.folder is None:
+            return None
+        return checkpoint.save(
+            self.policy, self.folder / "checkpoints", state["step"], state, self.config.checkpoint.keep
+        )
+
+    def evaluate(self, step: int, name: str | None = None) -> dict[str, Any]:
+        """Evaluate the policy as it is after ``step`` and record it; returns E of evaluation.json on every rank.
+
+        The numbers of a state that was evaluated last are taken from there.
+        """
+        if self.evaluator is None or self.record is None:
+            return {}
+        if self.measured is None or self.measured[0] != step:
+            log.say(f"evaluate    {name or f'step {step}'}")
+            with self.policy.evaluation_model(self.config.eval.gather) as (model, synced):
+                result, answers = self.evaluator.run(model, step, self.originals or None, synced)
+            # The main rank alone has judged; the others need its numbers for the stop rules.
+            self.measured = step, dist.gather_objects(result)[0], answers
+        _, result, answers = self.measured
+        self.originals = self.originals or answers
+        if dist.is_main():
+            self.record.add(result, self.evaluator.samples(self.originals, answers), name)
+        dist.barrier()
+        return result
+
+
+def term_values(loss_N: torch.Tensor, batch: PackedBatch, terms: Sequence[Term]) -> torch.Tensor:
+    """What this micro-batch adds to each term's value, times the number of ranks: float64 [terms].
+
+    The value of a term is the mean its weight multiplies; a bounded sequence counts with its bound.
+    """
+    means_S = torch.minimum(ops.sequence_means(loss_N.float(), batch), batch.bounds_S).double()
+    share_S = torch.zeros_like(means_S).index_add_(0, batch.sequence_N, batch.coefficients_N.double())
+    weights = torch.tensor([terms[term].weight for term in batch.term_of_sequence], dtype=torch.float64)
+    values_S = means_S.cpu() * share_S.cpu() / weights
+    return torch.zeros(len(terms), dtype=torch.float64).index_add_(0, torch.tensor(batch.term_of_sequence), values_S)
+
+
+def due(step: int, every: int) -> bool:
+    """True when something done every ``every`` steps is due after ``step``; 0 means never."""
+    return every > 0 and step > 0 and step % every == 0
+
+
+def flat(result: dict[str, Any]) -> dict[str, float]:
+    """The numbers of an evaluation under the names set/measure."""
+    sets = {key: value for key, value in result.items() if isinstance(value, dict)}
+    return {f"{group}/{key}": value for group, values in sets.items() for key, value in values.items()}
