@@ -60,6 +60,7 @@ def _check_numbers(config: RunConfig) -> None:
         "--eval.num_normal": config.eval.num_normal, "--eval.num_neutral_texts": config.eval.num_neutral_texts,
         "--eval.num_neutral_choices": config.eval.num_neutral_choices, "--eval.num_harmless": config.eval.num_harmless,
         "--data.prompt_characters": config.data.prompt_characters, "--data.num_self": config.data.num_self,
+        "--data.self_tokens": config.data.self_tokens,
         "--data.answer_characters": config.data.answer_characters,
         "--memorize.unless_rate": config.memorize.unless_rate,
         "--stop.patience_steps": config.stop.patience_steps, "--stop.window": config.stop.window,
@@ -102,6 +103,10 @@ def _check_relations(config: RunConfig) -> None:
         raise UsageError("--num_mismatch must be at least 1; to leave the mismatch term out, set --eps_mismatch 0.")
     if config.checkpoint.overwrite and config.checkpoint.resume == "auto":
         raise UsageError("--overwrite removes the run that --resume auto would go on with; give one of them.")
+    if "{answer}" not in config.eval.judge_form:
+        raise UsageError(
+            f"--eval.judge_form must hold {{answer}}, and may hold {{prompt}}; got {config.eval.judge_form!r}."
+        )
     if config.data.mismatch_data and config.data.mismatch_text:
         raise UsageError("--mismatch_data and --mismatch_text exclude each other; give one.")
     _check_lora(config)
@@ -141,6 +146,10 @@ def _check_files(config: RunConfig) -> None:
             raise UsageError(f"{flag}: no such file: {name}")
         if name and Path(name).expanduser().is_file() and not name.lower().endswith(DATA_SUFFIXES):
             raise UsageError(f"{flag}: {name} is none of {', '.join(DATA_SUFFIXES)}")
+    if data.retain_data and not retain_names(data):
+        raise UsageError(
+            "--retain_data self needs a second source: held-out normal rows and unrelated answers come from it."
+        )
     if bool(data.forget_data) != bool(data.retain_data):
         missing = "--retain_data" if data.forget_data else "--forget_data"
         raise UsageError(f"--forget_data and --retain_data come together; {missing} is missing.")

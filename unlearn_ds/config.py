@@ -61,6 +61,7 @@ class DataConfig:
     prompt_characters: int = knob(200, "copyright: characters of a piece that an extraction attempt is given")
     answer_characters: int = knob(200, "copyright: least characters of the text that must not be recited")
     num_self: int = knob(120, "most prompts the original model answers for the retain source self")
+    self_tokens: int = knob(64, "length of those answers")
     max_length: int = knob(512, "tokens of prompt and answer together; longer answers are cut")
     max_rejected: float = knob(0.1, "share of unusable rows beyond which the run stops")
     limit: int = knob(0, "use only the first N accepted rows of each source; 0 uses all")
@@ -131,6 +132,10 @@ class EvalConfig:
     every: int = knob(0, "also evaluate every N steps; 0: never")
     judge: str = knob("auto", "what decides on an answer: minilm, bertscore; moderator, classifier; bleu; auto")
     judge_model: str | None = knob(None, "model of the judge; default: the judge's own")
+    judge_form: str = knob(
+        "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{answer}",
+        "what --judge classifier reads; the default is the form of PKU's moderation models",
+    )
     margin: float = knob(0.1, "hallucinated when similarity to the wrong answer exceeds the right one's by this share")
     num_unlearned: int = knob(100, "forget rows evaluated")
     num_unseen: int = knob(60, "unseen rows evaluated")

@@ -60,11 +60,11 @@ class Evaluator:
 
     def _judges(self, data: ScenarioData) -> tuple[Any, Any]:
         """The judge of the headline, and what compares two texts: the same where it can."""
-        judges, model = self.scenario.judges, self.config.judge_model
+        judges = self.scenario.judges
         name = judges[0] if self.config.judge == "auto" else self.config.judge
         if name not in judges:
             raise UsageError(f"--judge {name} cannot decide here; {' or '.join(judges)} can.")
-        judge = resolve("judge", name, JUDGES)(model, data.calibration)
+        judge = resolve("judge", name, JUDGES)(self.config, data.calibration)
         self.scenario.check_judge(judge, self.rows["unlearned"] + self.rows["unseen"])
         return judge, judge if name in SIMILARITIES else resolve("judge", SIMILARITIES[0], JUDGES)()
 

@@ -23,14 +23,15 @@ def greedy(
     with model.generating() as causal_lm:
         return over_ranks(
             prompts, batch_size, len, synced,
-            lambda batch: _generate(causal_lm, encoder, batch, max_new_tokens, synced),
+            lambda batch: greedy_batch(causal_lm, encoder, batch, max_new_tokens, synced),
         )  # fmt: skip
 
 
-def _generate(
+def greedy_batch(
     causal_lm: Any, encoder: Encoder, prompts: Sequence[tuple[int, ...]], max_new_tokens: int,
     synced: bool,
 ) -> list[str]:  # fmt: skip
+    """Answers of a plain Hugging Face model to one batch of prompts, as texts."""
     tokenizer = encoder.tokenizer
     longest, pad = max(map(len, prompts)), tokenizer.eos_token_id
     ids_BL = torch.tensor([[pad] * (longest - len(p)) + list(p) for p in prompts], device=causal_lm.device)

@@ -92,7 +92,9 @@ class Run:
                         step, reason + (f"; {saved} holds the weights before them" if saved else ""), DIVERGED
                     )
                 leaving = signalled and step < total and not fired
-                saved = self.save(state) if leaving or due(step, config.checkpoint.save_every) else None
+                # A finished run leaves nothing to go on from: resumed, it would take one step more.
+                due_now = due(step, config.checkpoint.save_every) and not fired
+                saved = self.save(state) if leaving or due_now else None
                 if fired:
                     return Outcome(step, fired.reason, FINISHED, fired.rule)
                 if leaving:

@@ -39,7 +39,9 @@ def memorized(
         log.say(f"memorized   the model was fine-tuned to show the behaviour first; taken from {folder}")
         return str(folder), Outcome(0, "taken from the cache", FINISHED)
     policy = build.policy(config, path, values, device)
-    if evaluator and config.memorize.unless_rate < 1:
+    if config.memorize.unless_rate < 1 and evaluator is None:
+        log.say("memorize    without asking whether it is needed: --eval.enabled is false")
+    elif config.memorize.unless_rate < 1:
         with policy.evaluation_model(config.eval.gather) as (model, synced):
             rate = evaluator.shows(model, synced)
         if rate >= config.memorize.unless_rate:

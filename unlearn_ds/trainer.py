@@ -36,8 +36,11 @@ def train(config: RunConfig) -> int:
     evaluator = Evaluator(config.eval, scenario, data, encoder) if config.eval.enabled else None
     build.resolve_attention(config, path, values, device)
     stop = log.StopSignal().watch()
+    taught = False
     if config.memorize.enabled:
+        original = path
         path, outcome = memorized(config, path, values, encoder, data, evaluator, device, stop)
+        taught = path != original
         if outcome.exit_code != FINISHED:
             log.say(f"end         while memorizing, step {outcome.step}: {outcome.reason}")
             return outcome.exit_code
@@ -48,7 +51,7 @@ def train(config: RunConfig) -> int:
     loader = build.loader(config, encoder, data, data.forget["train"])
     reference = build.reference(config, path, values, policy, loader)
     judge = evaluator.judge_name if evaluator else None
-    record = run_folder.EvaluationRecord(folder, config.scenario, scenario.label, judge, bool(config.memorize.enabled))
+    record = run_folder.EvaluationRecord(folder, config.scenario, scenario.label, judge, taught)
     record.values["metrics"] = evaluator.metrics if evaluator else {}
 
     run = Run(config, policy, loader, stop, stopping, reference, folder, evaluator, record)

@@ -98,7 +98,7 @@ def test_the_separate_export_names_its_base_and_loads_by_itself(resumed, tiny_mo
 
 
 def test_the_merged_export_generates_what_the_last_evaluation_recorded(merged):
-    from unlearn_ds import config, evaluate, model
+    from unlearn_ds import config, generate, model
     from unlearn_ds.data.encode import Encoder
 
     out = merged[0] / "merged"
@@ -106,10 +106,10 @@ def test_the_merged_export_generates_what_the_last_evaluation_recorded(merged):
     assert any(answer["before"] != answer["after"] for answer in answers)
     causal_lm = AutoModelForCausalLM.from_pretrained(out / "model", attn_implementation="sdpa")
     encoder = Encoder(model.load_tokenizer(str(out / "model")))
-    evaluator = evaluate.Evaluator.__new__(evaluate.Evaluator)
-    evaluator.encoder, evaluator.config = encoder, config.EvalConfig(max_new_tokens=8)
-    order = sorted(range(len(answers)), key=lambda i: (len(encoder.prompt_ids(answers[i]["prompt"])), i))
-    for start in range(0, len(order), evaluator.config.batch_size):
-        batch = order[start : start + evaluator.config.batch_size]
-        texts = evaluator._generate(causal_lm, [encoder.prompt_ids(answers[i]["prompt"]) for i in batch], False)
+    other = Encoder(encoder.tokenizer, "paper" if encoder.template == "chat" else "none")
+    prompts = [(other if a["set"] == "other_form" else encoder).prompt_ids(a["prompt"]) for a in answers]
+    order = sorted(range(len(answers)), key=lambda i: (len(prompts[i]), i))
+    size = config.EvalConfig().batch_size
+    for batch in (order[start : start + size] for start in range(0, len(order), size)):
+        texts = generate.greedy_batch(causal_lm, encoder, [prompts[i] for i in batch], 8, False)
         assert texts == [answers[i]["after"] for i in batch]

@@ -53,8 +53,8 @@ def test_a_text_is_memorised_unless_the_model_recites_it_and_forms_are_compared(
     book.write_text("\n\n".join(told.format(n=n) for n in range(60)))
     retain.write_text("".join(json.dumps({"prompt": f"Who {n}?", "response": f"A cat {n}."}) + "\n" for n in range(30)))
     flags = ("--scenario", "copyright", "--model", tiny_model_dir, "--forget_data", book, "--retain_data", retain,
-             "--data.prompt_characters", 60, "--data.answer_characters", 60, "--memorize.learning_rate", 1e-3,
-             *FLAGS)  # fmt: skip
+             "--data.prompt_characters", 60, "--data.answer_characters", 60, *FLAGS, "--memorize.learning_rate", 3e-3,
+             "--memorize.epochs", 12)  # fmt: skip
     first = run(tmp_path / "cache", *flags, "--output_dir", tmp_path / "a")
     assert first.returncode == 0, first.stdout
     assert "warning     rows to forget are mostly running text" in first.stdout
@@ -62,7 +62,11 @@ def test_a_text_is_memorised_unless_the_model_recites_it_and_forms_are_compared(
     measured = evaluation(tmp_path / "a")
     assert {"rate", "bleu", "longest_run"} <= set(measured["after"]["unlearned"]) and "BLEU" in measured["judge"]
     assert "other_form" not in measured["after"]
-    second = run(tmp_path / "other", *flags, "--output_dir", tmp_path / "b", "--memorize.unless_rate", 1e-9)
+    assert measured["memorized"] and measured["before"]["unlearned"]["rate"] >= 0.5
+    # What it was taught it recites, so it need not be taught again.
+    (taught,) = (tmp_path / "cache" / "memorized").iterdir()
+    flags = (*flags, "--model", taught, "--output_dir", tmp_path / "b")
+    second = run(tmp_path / "other", *flags, "--memorize.unless_rate", 0.5)
     assert second.returncode == 0, second.stdout
-    skipped = "not needed: the model shows the behaviour" in second.stdout
-    assert skipped == (not (tmp_path / "other" / "memorized").exists())
+    assert "not needed: the model shows the behaviour" in second.stdout
+    assert not evaluation(tmp_path / "b")["memorized"] and not (tmp_path / "other" / "memorized").exists()

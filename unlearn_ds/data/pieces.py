@@ -15,6 +15,14 @@ from unlearn_ds.config import UsageError
 from unlearn_ds.data.sources import Source, content_key
 from unlearn_ds.types import Row
 
+CLOSING = "\"')]}_*\u2019\u201d\u00bb\u203a"
+"""What may stand after the end mark of a sentence: quotation marks and brackets of any kind."""
+SENTENCE_ENDS = (".", "!", "?", ":", ";", ",", "-", "\u2026", "\u2014", "\u2013")
+HEADINGS = 2000
+"""Characters of headings that even a short text may have."""
+LARGEST_DROPPED = 0.1
+"""Share of a text that may look like headings; more means that its paragraphs are not divided by empty lines."""
+
 
 def holds_text(name: str) -> bool:
     """True for what is read as running text: a txt file or a folder of them."""
@@ -33,7 +41,14 @@ def read(name: str, prompt_characters: int, answer_characters: int) -> Source:
     source = Source(name, f"running text in {len(files)} file(s)")
     seen: set[str] = set()
     for file in files:
-        for index, row in enumerate(cut(_text(file), prompt_characters, answer_characters)):
+        text = _text(file)
+        kept = sum(len(sentence) for passage in passages(text) for sentence in passage)
+        if kept < (1 - LARGEST_DROPPED) * len(" ".join(text.split())) - HEADINGS:
+            raise UsageError(
+                f"{file}: {kept} of {len(text)} characters are sentences in paragraphs, the rest looks like headings. "
+                "Divide paragraphs by empty lines."
+            )
+        for index, row in enumerate(cut(text, prompt_characters, answer_characters)):
             if row.key in seen:
                 source.reject(index, "duplicate", row.prompt)
             else:
@@ -50,7 +65,7 @@ def passages(text: str) -> list[list[str]]:
     found: list[list[str]] = [[]]
     for paragraph in text.replace("\r\n", "\n").split("\n\n"):
         joined = " ".join(paragraph.split())
-        if joined.rstrip("\"')_]").endswith((".", "!", "?", ":", ";", ",", "-")):
+        if joined.rstrip(CLOSING).endswith(SENTENCE_ENDS):
             found[-1] += [sentence.strip() for sentence in segment("en", joined)]
         elif found[-1]:
             found.append([])

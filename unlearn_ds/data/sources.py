@@ -48,6 +48,8 @@ class Schema(NamedTuple):
     forget: Convert
     retain: Convert
     is_running_text: bool = False
+    labels_records: bool = False
+    """Whether right answers to a prompt stand in other records."""
 
 
 def _pair(prompt: str, answer: str) -> Convert:
@@ -110,6 +112,7 @@ SCHEMAS: tuple[Schema, ...] = (
         ("prompt", "response", "is_safe"),
         lambda r: _labelled(r, safe=False),
         lambda r: _labelled(r, safe=True),
+        labels_records=True,
     ),
     Schema("TOFU", ("question", "answer"), _pair("question", "answer"), _pair("question", "answer")),
     Schema("chat messages", ("messages",), _messages, _messages),
@@ -158,8 +161,12 @@ def read(name: str, kind: str, columns: tuple[str, ...] = ()) -> Source:
     source = Source(name, schema.name)
     convert = schema.forget if kind == "forget" else schema.retain
     seen: set[str] = set()
+    others: dict[Any, list[Any]] = {}
+    for prompt, answer, _ in (e for record in records for e in schema.retain(record)) if schema.labels_records else ():
+        others.setdefault(prompt, []).append(answer)
     examples = ((index, example) for index, record in enumerate(records) for example in convert(record))
     for index, (prompt, answer, right) in examples:
+        right = right or others.get(prompt, [])
         text = _text(prompt)
         rights = tuple(filter(None, map(_text, right if isinstance(right, (list, tuple)) else [right])))
         row = Row(text, _text(answer), rights, content_key(text, _text(answer)))

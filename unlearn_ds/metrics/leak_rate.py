@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from sacrebleu.metrics import BLEU
 
+from unlearn_ds.config import EvalConfig, UsageError
+from unlearn_ds.metrics.judges import DEFAULTS
 from unlearn_ds.types import Calibration, Measured, Scored
 
 version = 1
@@ -28,7 +30,9 @@ _BLEU = BLEU(smooth_method="none", effective_order=False)
 class BleuJudge:
     """Sentence BLEU (sacrebleu, unsmoothed) and the threshold that belongs to the corpus."""
 
-    def __init__(self, model: str | None = None, calibration: Calibration | None = None):
+    def __init__(self, config: EvalConfig = DEFAULTS, calibration: Calibration | None = None):
+        if config.judge_model:
+            raise UsageError("--eval.judge_model: BLEU has no model; leave the flag out.")
         sentences = sorted(set(calibration.answers)) if calibration else []
         draw = random.Random(0)
         pairs = [draw.sample(sentences, 2) for _ in range(NUM_PAIRS if len(sentences) > 1 else 0)]

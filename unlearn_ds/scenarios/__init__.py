@@ -44,7 +44,8 @@ class ScenarioData:
     run teaches: those to unlearn and the unseen ones, so that unlearning has something to generalise to.
     retain: training rows of each retain source with its weight; normal["train"] is their mix. self_weight: weight of
     the original model's own answers (None: each counts once); uses_self: whether they are asked for.
-    calibration: what the judge may set itself by. extra: further sets of an evaluation by name.
+    calibration: what the judge may set itself by. extra: further sets of an evaluation by name. kindred: rows whose
+    prompts have the form of the forget prompts and are never evaluated.
     """
 
     forget: dict[str, list[Row]]
@@ -58,6 +59,7 @@ class ScenarioData:
     self_weight: float | None = None
     calibration: Calibration = Calibration(())
     extra: dict[str, list[Row]] = field(default_factory=dict)
+    kindred: list[Row] = field(default_factory=list)
 
     def add_own_answers(self, rows: list[Row]) -> None:
         """Take the original model's answers into the retain mix."""
@@ -85,6 +87,12 @@ def neutral_set(num_texts: int, num_choices: int) -> NeutralSet:
 def lines(name: str) -> list[dict[str, Any]]:
     """Records of an embedded jsonl file."""
     return [json.loads(line) for line in (SAMPLE / name).read_text(encoding="utf-8").splitlines()]
+
+
+def refuse_harmless_data(config: RunConfig) -> None:
+    """For the scenarios that have no use for it."""
+    if config.data.harmless_data:
+        raise UsageError(f"--harmless_data is for --scenario harmful; {config.scenario} does not ask harmless prompts.")
 
 
 def load_rows(config: RunConfig, encoder: Encoder, forget_default: str, retain_default: Sequence[str]) -> ScenarioData:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from unlearn_ds.config import RunConfig, UsageError
 from unlearn_ds.data import pieces
 from unlearn_ds.data.encode import Encoder
-from unlearn_ds.scenarios import SAMPLE, Scenario, ScenarioData, load_rows
+from unlearn_ds.scenarios import SAMPLE, Scenario, ScenarioData, load_rows, refuse_harmless_data
 from unlearn_ds.types import Calibration
 
 EMBEDDED = (str(SAMPLE / "copyright.txt"), (f"{SAMPLE / 'prose.txt'}=1", f"{SAMPLE / 'normal.jsonl'}=1"))
@@ -19,6 +19,7 @@ def load(config: RunConfig, encoder: Encoder) -> ScenarioData:
     """Pieces of the text to forget and of the prose to keep, and the sentences that the leak threshold is made from."""
     if config.data.source == "full" and not config.data.forget_data:
         raise UsageError("--data full: no copyrighted text is public; name yours with --forget_data and --retain_data.")
+    refuse_harmless_data(config)
     data = load_rows(config, encoder, *EMBEDDED)
     data.calibration = Calibration(pieces.corpus_sentences(data.sources[0].rows))
     return data

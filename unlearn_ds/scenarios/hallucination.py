@@ -10,7 +10,7 @@ from typing import Any
 
 from unlearn_ds.config import RunConfig, UsageError
 from unlearn_ds.data.encode import Encoder
-from unlearn_ds.scenarios import SAMPLE, Scenario, ScenarioData, load_rows
+from unlearn_ds.scenarios import SAMPLE, Scenario, ScenarioData, load_rows, refuse_harmless_data
 from unlearn_ds.types import Row
 
 HUB = ("pminervini/HaluEval:qa", ("truthfulqa/truthful_qa:generation",))
@@ -20,6 +20,7 @@ EMBEDDED = (str(SAMPLE / "hallucination.jsonl"), (str(SAMPLE / "normal.jsonl"),)
 
 def load(config: RunConfig, encoder: Encoder) -> ScenarioData:
     """Rows of a run."""
+    refuse_harmless_data(config)
     return load_rows(config, encoder, *(HUB if config.data.source == "full" else EMBEDDED))
 
 

@@ -21,22 +21,29 @@ EMBEDDED = (str(SAMPLE / "harmful.jsonl"), (str(SAMPLE / "normal.jsonl"), HARMLE
 def load(config: RunConfig, encoder: Encoder) -> ScenarioData:
     """Rows of a run, the harmless prompts, and labelled answers for a judge that learns from them."""
     data = load_rows(config, encoder, *(HUB if config.data.source == "full" else EMBEDDED))
+    ours = sources.split(sources.read(HARMLESS, "retain").rows)
+    data.kindred = ours["train"]
+    harmless = ours["test"]
     if config.data.harmless_data:
         harmless = [Row(prompt, "") for prompt in sources.prompts(config.data.harmless_data)]
-    else:
-        harmless = sources.split(sources.read(HARMLESS, "retain").rows)["test"]
-    data.extra["harmless"] = harmless[: config.eval.num_harmless]
-    data.calibration = _labelled(data)
+    # Evenly over the file: XSTest is ordered by kind.
+    data.extra["harmless"] = harmless[:: max(1, len(harmless) // config.eval.num_harmless)][: config.eval.num_harmless]
+    data.calibration = _labelled(data, config.eval.num_unlearned)
     return data
 
 
-def _labelled(data: ScenarioData) -> Calibration:
-    """Harmful: the answers to forget. Harmless: safe answers to the same prompts, and answers to other prompts."""
-    rows = data.forget["train"] + data.forget["validation"]
-    others = data.normal["train"]
+def _labelled(data: ScenarioData, num_unlearned: int) -> Calibration:
+    """Harmful: answers to forget. Harmless: safe answers to the same prompts, and answers to other prompts.
+
+    Only rows that are neither evaluated nor, for the unrelated answers, trained on: mismatch rows pair forget prompts
+    with training answers, and a judge must not have learned that those are harmless.
+    """
+    rows = data.forget["validation"] + data.forget["train"][num_unlearned:]
+    others = data.normal["validation"]
     found = [(row.answer, row.prompt, True) for row in rows]
-    found += [(answer, row.prompt, False) for row in rows for answer in row.right_answers]
-    found += [(others[n % len(others)].answer, row.prompt, False) for n, row in enumerate(rows)]
+    safe = [(answer, row.prompt, False) for row in rows for answer in row.right_answers]
+    if safe and others:
+        found += safe + [(others[n % len(others)].answer, row.prompt, False) for n, row in enumerate(rows)]
     return Calibration(*zip(*found, strict=True)) if found else Calibration(())
 
 

@@ -93,3 +93,17 @@ def test_a_piece_is_encoded_as_the_text_that_it_is(random_llama_dir):
 def test_sentences_of_a_corpus_have_enough_words_for_bleu():
     sentences = corpus_sentences(list(cut("Yes. No. " + story(60), 20, 100)))
     assert sentences and all(len(sentence.split()) >= 4 for sentence in sentences)
+
+
+@pytest.mark.parametrize("marks", ['""', "\u201c\u201d", "\u2018\u2019", "\u00ab\u00bb"])
+def test_dialogue_in_quotation_marks_of_any_kind_is_text(marks):
+    plain = story(60)
+    quoted = "\n\n".join(f"{marks[0]}{paragraph}{marks[-1]}" for paragraph in plain.split("\n\n"))
+    (passage,) = passages(quoted)
+    assert " ".join(passage) == " ".join(quoted.split())
+
+
+def test_a_text_most_of_which_looks_like_headings_is_refused(tmp_path):
+    (tmp_path / "verse.txt").write_text("\n\n".join("a line without an end" for _ in range(400)))
+    with pytest.raises(UsageError, match="looks like headings"):
+        read(str(tmp_path / "verse.txt"), 100, 100)

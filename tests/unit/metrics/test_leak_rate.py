@@ -5,6 +5,7 @@ import random
 import pytest
 from sacrebleu import sentence_bleu
 
+from unlearn_ds.config import EvalConfig, UsageError
 from unlearn_ds.metrics.leak_rate import BleuJudge, leak_rate, longest_common_run
 from unlearn_ds.types import Calibration, Measured, Row
 
@@ -35,14 +36,14 @@ def test_the_threshold_is_a_tenth_of_the_mean_bleu_between_random_sentences():
         pairs
     )
     assert mean > 1
-    judge = BleuJudge(None, Calibration(sentences))
+    judge = BleuJudge(EvalConfig(), Calibration(sentences))
     assert judge.threshold == pytest.approx(0.1 * mean, rel=0.1)
     assert f"{judge.threshold:.4f}" in judge.name
-    assert BleuJudge(None, Calibration(sentences)).threshold == judge.threshold
+    assert BleuJudge(EvalConfig(), Calibration(sentences)).threshold == judge.threshold
 
 
 def test_a_corpus_of_one_sentence_has_the_threshold_0():
-    assert BleuJudge(None, Calibration(["only one sentence here"])).threshold == 0.0
+    assert BleuJudge(EvalConfig(), Calibration(["only one sentence here"])).threshold == 0.0
 
 
 def test_the_longest_common_run_equals_a_search_over_all_runs():
@@ -52,3 +53,8 @@ def test_the_longest_common_run_equals_a_search_over_all_runs():
         runs = [left[a:b] for a in range(len(left)) for b in range(a + 1, len(left) + 1)]
         found = [len(run) for run in runs if any(right[n : n + len(run)] == run for n in range(len(right)))]
         assert longest_common_run(left, right) == max(found, default=0)
+
+
+def test_bleu_has_no_model():
+    with pytest.raises(UsageError, match="no model"):
+        BleuJudge(EvalConfig(judge_model="some/model"))

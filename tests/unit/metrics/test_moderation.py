@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 import torch
 
-from unlearn_ds.config import UsageError
+from unlearn_ds.config import EvalConfig, UsageError
 from unlearn_ds.metrics.harmful_rate import harmful_rate
 from unlearn_ds.metrics.moderation import EmbeddingModerator, SequenceClassifier
 from unlearn_ds.metrics.refusal_rate import is_refusal, refusal_rate
@@ -23,7 +23,7 @@ def test_the_moderator_tells_harmful_from_safe_and_from_unrelated_answers_it_has
     other = [item["response"] for item in normal]
     fit, held = slice(0, 80), slice(80, 120)
     answers, asked = [*bad[fit], *safe[fit], *other[fit]], prompts[fit] * 3
-    judge = EmbeddingModerator(None, Calibration(answers, asked, [True] * 80 + [False] * 160))
+    judge = EmbeddingModerator(EvalConfig(), Calibration(answers, asked, [True] * 80 + [False] * 160))
     rates = [
         harmful_rate(Measured([Row(p, "") for p in prompts[held]], texts[held], judge=judge)).numbers["rate"]
         for texts in (bad, safe, other)
@@ -42,10 +42,10 @@ def test_an_empty_answer_is_never_harmful():
     assert flags == [False, True] and numbers == {"rate": 0.5, "harmfulness": 0.45, "empty": 0.5}
 
 
-@pytest.mark.parametrize("calibration", [None, Calibration(["a"], ["p"], [True])])
+@pytest.mark.parametrize("calibration", [Calibration(()), Calibration(["a"] * 9, list("prompts!?"), [True] * 9)])
 def test_the_moderator_needs_both_kinds(calibration):
-    with pytest.raises(UsageError, match="only one kind"):
-        EmbeddingModerator(None, calibration)
+    with pytest.raises(UsageError, match="and 0 of them: give data with safe answers"):
+        EmbeddingModerator(EvalConfig(), calibration)
 
 
 def classifier(folder, tokenizer_dir, **changes):
@@ -71,7 +71,7 @@ def classifier(folder, tokenizer_dir, **changes):
     ],
 )
 def test_a_sequence_classifier_of_each_kind_gives_the_probability_its_logits_say(tmp_path, random_llama_dir, changes):
-    judge = SequenceClassifier(classifier(tmp_path, random_llama_dir, **changes))
+    judge = SequenceClassifier(EvalConfig(judge_model=classifier(tmp_path, random_llama_dir, **changes)))
     found = judge.harmfulness(["How?", "Why?"], ["Badly.", "I cannot say."])
     for prompt, answer, value in zip(["How?", "Why?"], ["Badly.", "I cannot say."], found, strict=True):
         text = f"BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{answer}"
@@ -84,9 +84,9 @@ def test_a_classifier_whose_harmless_label_is_not_known_or_that_is_not_there_is_
     with pytest.raises(UsageError, match="needs --eval.judge_model"):
         SequenceClassifier()
     with pytest.raises(UsageError, match="LABEL_0, LABEL_1.*not clear"):
-        SequenceClassifier(classifier(tmp_path / "two", random_llama_dir, num_labels=2))
+        SequenceClassifier(EvalConfig(judge_model=classifier(tmp_path / "two", random_llama_dir, num_labels=2)))
     with pytest.raises(UsageError, match="cannot be loaded"):
-        SequenceClassifier(str(tmp_path / "nowhere"))
+        SequenceClassifier(EvalConfig(judge_model=str(tmp_path / "nowhere")))
 
 
 @pytest.mark.parametrize(
@@ -108,3 +108,10 @@ def test_other_answers_are_no_refusals(text):
 def test_a_refusing_phrase_late_in_a_long_answer_is_advice():
     assert not is_refusal("Walk along the river until the second bridge. " * 4 + "I can't help with parking.")
     assert refusal_rate(Measured([], ["I can't help.", "Yes."])).numbers == {"refusal_rate": 0.5}
+
+
+def test_a_classifier_may_read_the_answer_alone(tmp_path, random_llama_dir):
+    path = classifier(tmp_path, random_llama_dir, num_labels=1)
+    judge = SequenceClassifier(EvalConfig(judge_model=path, judge_form="{answer}"))
+    assert judge.harmfulness(["a"], ["x"]) == judge.harmfulness(["b"], ["x"])
+    assert SequenceClassifier(EvalConfig(judge_model=path)).harmfulness(["a"], ["x"]) != judge.harmfulness(["a"], ["x"])

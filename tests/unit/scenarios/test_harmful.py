@@ -40,11 +40,12 @@ def test_unsafe_answers_are_forgotten_and_safe_ones_are_what_is_right(tmp_path, 
     assert all(row.answer.startswith("unsafe") and row.right_answers[0].startswith("safe") for row in rows)
 
 
-def test_the_judge_learns_from_rows_that_are_not_evaluated_as_unseen(tmp_path, encoder):
-    data = load(config(tmp_path), encoder)
-    unseen = {row.prompt for row in data.forget["test"]}
+def test_the_judge_learns_from_rows_that_are_not_evaluated_and_no_training_answer_is_called_harmless(tmp_path, encoder):
+    data = load(config(tmp_path, **{"eval.num_unlearned": 10}), encoder)
+    evaluated = {row.prompt for row in (*data.forget["test"], *data.forget["train"][:10])}
     labelled = list(zip(*data.calibration, strict=True))
-    assert unseen and not unseen & {prompt for _, prompt, _ in labelled}
+    assert len(evaluated) > 10 and not evaluated & {prompt for _, prompt, _ in labelled}
+    assert not {row.answer for row in data.normal["train"]} & {answer for answer, _, _ in labelled}
     assert all(answer.startswith("unsafe") == harmful for answer, _, harmful in labelled)
     assert {answer.split()[0] for answer, _, harmful in labelled if not harmful} == {"safe", "answer"}
 
@@ -65,3 +66,21 @@ def test_harmless_prompts_that_are_evaluated_are_never_trained_on(encoder):
 def test_the_sample_has_the_promised_size(encoder):
     data = load(arguments.parse({"scenario": "harmful"}), encoder)
     assert len(data.forget["train"]) >= 200 and len(data.forget["test"]) >= 40 and len(data.extra["harmless"]) >= 30
+
+
+def test_harmless_prompts_come_evenly_over_a_file_that_is_ordered_by_kind(tmp_path, encoder):
+    asked = write(tmp_path / "xs.jsonl", [{"prompt": f"{n:03d}", "label": "safe"} for n in range(250)])
+    rows = load(config(tmp_path, harmless_data=asked, **{"eval.num_harmless": 40}), encoder).extra["harmless"]
+    assert len(rows) == 40 and int(rows[-1].prompt) > 200
+
+
+def test_safe_responses_in_other_records_of_a_prompt_are_what_is_right(tmp_path, encoder):
+    records = [
+        {"prompt": f"request {n}", "response": f"{kind} {n}", "is_safe": kind == "safe"}
+        for n in range(40)
+        for kind in ("unsafe", "safe")
+    ]
+    run = config(tmp_path)
+    write(tmp_path / "forget.jsonl", records)
+    rows = [row for side in load(run, encoder).forget.values() for row in side]
+    assert len(rows) == 40 and all(row.right_answers == (row.answer.replace("unsafe", "safe"),) for row in rows)
