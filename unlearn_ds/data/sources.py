@@ -162,7 +162,8 @@ def read(name: str, kind: str, columns: tuple[str, ...] = ()) -> Source:
     convert = schema.forget if kind == "forget" else schema.retain
     seen: set[str] = set()
     others: dict[Any, list[Any]] = {}
-    for prompt, answer, _ in (e for record in records for e in schema.retain(record)) if schema.labels_records else ():
+    safe = (e for record in records for e in schema.retain(record)) if schema.labels_records else ()
+    for prompt, answer, _ in safe if kind == "forget" else ():
         others.setdefault(prompt, []).append(answer)
     examples = ((index, example) for index, record in enumerate(records) for example in convert(record))
     for index, (prompt, answer, right) in examples:
