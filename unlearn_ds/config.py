@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -309,6 +310,8 @@ def _check_nvme(config: RunConfig) -> None:
         )
     if folder is not None and not Path(folder).expanduser().is_dir():
         raise UsageError(f"--engine.nvme_path: no such folder: {folder}")
+    if folder is not None and not os.access(Path(folder).expanduser(), os.W_OK):
+        raise UsageError(f"--engine.nvme_path: {folder} cannot be written to.")
 
 
 def _check_files(config: RunConfig) -> None:
