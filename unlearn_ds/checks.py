@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 from unlearn_ds.config import (
@@ -135,6 +136,8 @@ def _check_nvme(config: RunConfig) -> None:
         )
     if folder is not None and not Path(folder).expanduser().is_dir():
         raise UsageError(f"--engine.nvme_path: no such folder: {folder}")
+    if folder is not None and not os.access(Path(folder).expanduser(), os.W_OK):
+        raise UsageError(f"--engine.nvme_path: {folder} cannot be written to.")
 
 
 def _check_files(config: RunConfig) -> None:

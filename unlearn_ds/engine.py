@@ -152,7 +152,9 @@ class Policy:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Accumulate gradients. Micro-batches add up: the loss already carries its share of the global batch."""
-        self.engine.backward(loss, scale_wrt_gas=False)
+        # A tensor of its own: where DeepSpeed 0.19.8 does not scale the loss (stage 0 in fp32) it divides the gradient
+        # of the very tensor that a forward returned by the accumulation steps all the same.
+        self.engine.backward(loss.clone(), scale_wrt_gas=False)
 
     def step(self) -> StepResult:
         """Close a micro-batch; after the last of a step, clip, update and advance the schedule.

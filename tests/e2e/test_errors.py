@@ -43,6 +43,9 @@ def fails(cache, *flags, seconds=10):
         (["--eps_forget", "-1"], "negative"),
         (["--eps_forget", "0", "--eps_mismatch", "0", "--eps_retain", "0"], "eps_"),
         (["--reference", "copy"], "offload"),
+        (["--reference", "adapter"], "--lora_rank"),
+        (["--lora_dropout", "0.1"], "unknown flag"),
+        (["--reference", "nvme"], "--engine.nvme_path"),
         (["--forget_data", "nowhere.jsonl", "--retain_data", "nowhere.csv"], "no such file"),
         (["--forget_data", "pminervini/HaluEval:qa"], "--retain_data"),
         (["--model", "./nowhere"], "no such folder"),
@@ -192,3 +195,10 @@ def test_help_and_dry_run_answer_without_training(tmp_path, tiny_model_dir):
         assert f"{flag} " in done.stdout
     done = run(tmp_path, "--dry_run", "--model", tiny_model_dir, "--output_dir", tmp_path / "out")
     assert done.returncode == 0 and "memory plan" in done.stdout and not (tmp_path / "out").exists()
+
+
+def test_a_machine_that_cannot_build_async_io_is_told_what_to_install_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setenv("CC", "false")  # without a compiler libaio is not found
+    flags = ["--model", "nobody/knows-this-model", "--reference", "nvme", "--engine.nvme_path", tmp_path]
+    said = fails(tmp_path, *flags, "--output_dir", tmp_path / "out", seconds=120)  # torch is loaded, no model is
+    assert "apt-get install libaio-dev" in said and "--reference offload" in said
