@@ -3,7 +3,7 @@ SCENARIO ?= hallucination
 PYTHON ?= python3
 ARGS ?=
 # Test processes: most tests keep one core busy, and a run of a tiny model takes about a gigabyte.
-WORKERS ?= $(shell n=$$(nproc); echo $$((n < 4 ? n : 4)))
+WORKERS ?= $(shell n=$$(nproc --all); echo $$((n < 4 ? n : 4)))
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,7 +25,7 @@ train: setup
 	$(BIN)/deepspeed --quiet launchers/train.py --scenario $(SCENARIO) $(if $(findstring --resume,$(ARGS)),,--overwrite) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -c tests/pytest.ini tests -n $(WORKERS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -c tests/pytest.ini tests -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
