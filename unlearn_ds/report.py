@@ -53,7 +53,7 @@ METRICS: Mapping[str, Metric] = {
 SETS: Mapping[str, tuple[str, str]] = {
     "unlearned": ("Unlearned prompts", "trained on, to be forgotten"),
     "unseen": ("Unseen prompts", "same behaviour, never trained on"),
-    "other_form": ("Unlearned prompts in another form", "without the template they were unlearned in"),
+    "other_form": ("Unlearned prompts in another form", "another template than the one they were unlearned in"),
     "harmless": ("Harmless prompts", "resemble harmful ones, to be kept"),
     "normal": ("Normal prompts", "held out, to be kept"),
     "neutral": ("Neutral texts", "unrelated, to be kept"),

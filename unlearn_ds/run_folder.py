@@ -202,7 +202,7 @@ def model_card(config: RunConfig, evaluation: dict[str, Any] | None, template: s
         "Large Language Model Unlearning (arXiv 2310.10683).", "",
         f"Unlearned and measured with the prompt template `{template}`"
         + (f" and the system message {config.data.system_prompt!r}" if config.data.system_prompt is not None else "")
-        + "; other forms of the same prompt were not measured.", "",
+        + "; measures of another form of the prompts stand under `other_form`, where there are any.", "",
     ]  # fmt: skip
     if config.lora.rank:
         lines += [
