@@ -368,7 +368,7 @@ def export(policy: Policy, folder: Path, tokenizer: PreTrainedTokenizerBase, car
     """
     state = policy.consolidated_state_dict()
     if state is not None:
-        empty = policy._empty_copy()
+        empty = policy._empty_copy().to(policy.model.causal_lm.dtype)  # config.json names the precision of the weights
         with _whole(folder, tokenizer, card) as partial:
             empty.save_pretrained(partial, state_dict=state)
     dist.barrier()

@@ -13,9 +13,11 @@ from pathlib import Path
 import peft
 import torch
 from peft.tuners import lora
+from peft.utils.other import transpose
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from unlearn_ds.config import LoraConfig, UsageError
 
@@ -30,7 +32,7 @@ def add(causal_lm: PreTrainedModel, config: LoraConfig, seed: int) -> None:
     rank, device and ZeRO stage; the weights themselves may be sharded. Raises ``UsageError`` for a target that no
     linear module matches, and for the LM head, which ends in the loss.
     """
-    linear = {n for n, m in causal_lm.named_modules() if isinstance(m, nn.Linear)}
+    linear = {n for n, m in causal_lm.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     head = next(n for n, m in causal_lm.named_modules() if m is causal_lm.get_output_embeddings())
     last_names = sorted({name.rpartition(".")[2] for name in linear - {head}})
     for target in config.targets:
@@ -73,9 +75,15 @@ def adapter_parameters(layer: lora.Linear) -> list[nn.Parameter]:
 
 
 def merged_weight(layer: lora.Linear) -> torch.Tensor:
-    """The weight of a layer with its adapter merged in, bit for bit as peft merges it. Needs whole weights."""
+    """The weight of a layer with its adapter merged in, rounded once. Needs whole weights.
+
+    Bit for bit what peft makes of the exported adapter, which it loads in fp32 (``PeftModel.merge_and_unload``).
+    """
     with torch.no_grad():
-        return layer.get_base_layer().weight + layer.get_delta_weight(NAME)
+        weight_A, weight_B = (parameter.float() for parameter in adapter_parameters(layer))
+        delta = transpose(weight_B @ weight_A, layer.fan_in_fan_out) * layer.scaling[NAME]
+        weight = layer.get_base_layer().weight
+        return (weight.float() + delta).to(weight.dtype)
 
 
 def is_adapter(name: str) -> bool:

@@ -25,7 +25,7 @@ def merged(tmp_path_factory, tiny_model_dir):
     forget, retain = write_data(folder)
     flags = [
         "--model", tiny_model_dir, "--forget_data", forget, "--retain_data", retain, "--max_steps", STEPS,
-        "--ds_config", ds_config(folder, 3), "--batch_size", 4, "--learning_rate", 1e-2, "--lora_rank", 4,
+        "--ds_config", ds_config(folder, 3, bf16=True), "--batch_size", 4, "--learning_rate", 1e-2, "--lora_rank", 4,
         "--save_every", SAVE_EVERY, "--log.tensorboard", "false", "--log.progress", "false", *SMALL_EVALUATION,
     ]  # fmt: skip
     done = run(folder / "cache", *flags, "--output_dir", folder / "merged")
@@ -78,9 +78,10 @@ def test_the_separate_adapter_merged_by_peft_is_the_merged_export_and_the_base_i
 ):
     """Bit for bit: the merged weights are the base as it lies on disk plus the adapter, and nothing else."""
     exported = AutoModelForCausalLM.from_pretrained(merged[0] / "merged" / "model").state_dict()
-    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model_dir, dtype=torch.bfloat16)
     untouched = {name: weight.clone() for name, weight in base.state_dict().items()}
     by_peft = peft.PeftModel.from_pretrained(base, resumed / "model").merge_and_unload().state_dict()
+    assert {weight.dtype for weight in exported.values()} == {torch.bfloat16}
     assert exported.keys() == by_peft.keys() == untouched.keys()
     assert all(torch.equal(exported[name], by_peft[name]) for name in by_peft)
     changed = {name.split(".")[-2] for name in untouched if not torch.equal(untouched[name], exported[name])}
