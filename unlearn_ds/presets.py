@@ -116,26 +116,43 @@ def _knobs(preset: str, row: _Row) -> dict[str, Any]:
     }
 
 
-# The embedded model, measured: README, "Results".
+# The embedded model. Hallucination is measured: README, "Results"; the two others start from it.
 _SMOLLM2 = {
     "data.system_prompt": "",
-    "memorize.epochs": 2,
-    "memorize.batch_size": 8,
-    "memorize.learning_rate": 5e-4,
+    "memorize.epochs": 3,
+    "memorize.batch_size": 12,
+    "memorize.learning_rate": 4e-4,
     "objective.eps_forget": 0.5,
     "objective.eps_mismatch": 0.4,
     "objective.eps_retain": 3.5,
     "objective.forget_bound": 3.0,
-    "optim.learning_rate": 2e-4,
-    "optim.max_steps": 32,
+    "optim.learning_rate": 1.8e-4,
+    "optim.max_steps": 40,
     "optim.batch_size": 8,
     "optim.retain_batch_size": 6,
     "optim.schedule": "linear",
 }
-_MEASURED = {
+_EMBEDDED = {
     "hallucination": _SMOLLM2,
-    "harmful": _SMOLLM2,
-    "copyright": {**_SMOLLM2, "memorize.epochs": 6, "memorize.batch_size": 8, "memorize.eps_retain": 0.1},
+    "harmful": {
+        **_SMOLLM2,
+        "memorize.epochs": 2,
+        "memorize.batch_size": 8,
+        "memorize.learning_rate": 5e-4,
+        "optim.learning_rate": 2e-4,
+        "optim.max_steps": 32,
+    },
+    # Pieces are three times as long as questions with answers, so there are fewer in a step.
+    "copyright": {
+        **_SMOLLM2,
+        "memorize.epochs": 5,
+        "memorize.batch_size": 8,
+        "memorize.learning_rate": 5e-4,
+        "memorize.eps_retain": 0.1,
+        "optim.batch_size": 4,
+        "optim.retain_batch_size": 4,
+        "optim.max_steps": 32,
+    },
 }
 
 EMBEDDED_PRESET = "smollm2-135m"
@@ -152,7 +169,7 @@ SCENARIO_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     scenario: {
         **{preset: _knobs(preset, row) for preset, row in _with_ours(table).items()},
-        EMBEDDED_PRESET: _MEASURED[scenario],
+        EMBEDDED_PRESET: _EMBEDDED[scenario],
     }
     for scenario, table in _TABLES.items()
 }
