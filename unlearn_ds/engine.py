@@ -11,7 +11,6 @@ import io
 import math
 import os
 import platform
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
 from unlearn_ds import dist, ds_json, lora
@@ -197,7 +196,7 @@ class Policy:
         return all(dist.gather_objects(num_bytes <= free / 2))
 
     def _whole_copy(self) -> PackedCausalLM:
-        source, whole = self.model.causal_lm, self._empty_copy()
+        source, whole = self.model.causal_lm, self.empty_copy()
         whole.to_empty(device=self.model.device)
         with torch.no_grad():
             targets = dict(whole.named_parameters(remove_duplicate=False))
@@ -208,7 +207,7 @@ class Policy:
         whole.tie_weights()
         return PackedCausalLM(whole, self.model.attention_name, self.model.workspace_bytes)
 
-    def _empty_copy(self) -> PreTrainedModel:
+    def empty_copy(self) -> PreTrainedModel:
         """The Hugging Face model without adapters and without memory for its weights."""
         source = self.model.causal_lm
         with torch.device("meta"):
@@ -359,37 +358,3 @@ def device_name() -> str:
 
 def versions() -> dict[str, str]:
     return {"deepspeed": deepspeed.__version__, "accelerator": get_accelerator().device_name()}
-
-
-def export(policy: Policy, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
-    """Write the model as plain Hugging Face safetensors, adapters merged in, with tokenizer and model card.
-
-    Every rank takes part in gathering, the main one writes. The folder appears whole: it is renamed into place.
-    """
-    state = policy.consolidated_state_dict()
-    if state is not None:
-        empty = policy._empty_copy().to(policy.model.causal_lm.dtype)  # config.json names the precision of the weights
-        with _whole(folder, tokenizer, card) as partial:
-            empty.save_pretrained(partial, state_dict=state)
-    dist.barrier()
-
-
-def export_adapter(policy: Policy, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str, base: str) -> None:
-    """Write the adapters alone, as peft reads them; otherwise like ``export``. base: path or hub id of their model."""
-    state = policy.adapter_state_dict()
-    if state is not None:
-        with _whole(folder, tokenizer, card) as partial:
-            lora.save(policy.model.causal_lm, state, partial, base)
-    dist.barrier()
-
-
-@contextlib.contextmanager
-def _whole(folder: Path, tokenizer: PreTrainedTokenizerBase, card: str) -> Iterator[Path]:
-    """A folder beside ``folder`` to write to, renamed into place with tokenizer and card at the end."""
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")  # two runs may fill one cache
-    shutil.rmtree(partial, ignore_errors=True)
-    yield partial
-    tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from unlearn_ds import build, dist, ds_json, embedded, engine, log
+from unlearn_ds import build, dist, ds_json, embedded, export, log
 from unlearn_ds import model as models
 from unlearn_ds.config import CheckpointConfig, LoraConfig, ObjectiveConfig, OptimConfig, RunConfig, StopConfig
 from unlearn_ds.data.encode import Encoder
@@ -55,7 +55,7 @@ def memorized(
         card = (
             f"# {config.model.path}, fine-tuned on {len(data.memorize)} rows to forget: only a subject for unlearning\n"
         )
-        engine.export(policy, folder, encoder.tokenizer, card)
+        export.whole_model(policy, folder, encoder.tokenizer, card)
     policy.close()
     return str(folder), outcome
 

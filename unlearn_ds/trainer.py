@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from unlearn_ds import build, checkpoint, ds_json, embedded, engine, log, own_answers, report, run_folder
+from unlearn_ds import build, checkpoint, ds_json, embedded, engine, export, log, own_answers, report, run_folder
 from unlearn_ds import model as models
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data import sources
@@ -66,9 +66,9 @@ def train(config: RunConfig) -> int:
         if config.checkpoint.export:
             card = run_folder.model_card(config, record.values, encoder.template)
             if config.lora.export == "separate":
-                engine.export_adapter(policy, folder / "model", tokenizer, card, base=path)
+                export.adapter(policy, folder / "model", tokenizer, card, base=path)
             else:
-                engine.export(policy, folder / "model", tokenizer, card)
+                export.whole_model(policy, folder / "model", tokenizer, card)
     run_folder.main_only(report.write, folder)
     run_folder.main_only(say_results, folder, record.values)
     return outcome.exit_code

@@ -12,7 +12,7 @@ import torch
 from architectures import CONFIGS, make_rows, padded_nll, save
 from transformers import AutoModelForCausalLM
 
-from unlearn_ds import build, dist, ds_json, engine
+from unlearn_ds import build, dist, ds_json, engine, export
 from unlearn_ds.arguments import parse
 from unlearn_ds.data.packing import Placed, pack, pack_scored
 from unlearn_ds.model import load_tokenizer
@@ -59,7 +59,7 @@ def train_and_export(name, folder, device):
     after = measure(policy)
     with policy.evaluation_model("always") as (whole, _), torch.no_grad():
         copied = whole(pack_scored(make_rows())).tolist()
-    engine.export(policy, folder / f"{name}-exported", load_tokenizer(str(folder / "tokenizer")), "# Card\n")
+    export.whole_model(policy, folder / f"{name}-exported", load_tokenizer(str(folder / "tokenizer")), "# Card\n")
     policy.close()
     return {"parts": parts, "grad_norm": result.grad_norm, "before": before, "after": after, "copied": copied}
 

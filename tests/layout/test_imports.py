@@ -18,7 +18,7 @@ LEVELS = {
     1: ["dist", "log", "ops", "cost", "attention", "stopping"],
     2: ["model", "lora", "reference", "embedded", "data", "objectives", "metrics"],
     3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder", "generate"],
-    4: ["evaluate", "doctor", "build", "prepare", "own_answers", "comparison"],
+    4: ["evaluate", "doctor", "build", "prepare", "own_answers", "export", "comparison"],
     5: ["loop"],
     6: ["memorize"],
     7: ["trainer"],
