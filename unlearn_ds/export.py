@@ -28,7 +28,7 @@ def whole_model(policy: Policy, folder: Path, tokenizer: PreTrainedTokenizerBase
 
 
 def adapter(policy: Policy, folder: Path, tokenizer: PreTrainedTokenizerBase, card: str, base: str) -> None:
-    """Write the adapters alone, as peft reads them; otherwise like ``whole_model``. base: path or hub id of the model."""
+    """Write the adapters alone, as peft reads them; otherwise like ``whole_model``. base: path or id of the model."""
     state = policy.adapter_state_dict()
     if state is not None:
         with _complete(folder, tokenizer, card) as partial:
