@@ -67,6 +67,15 @@ def page(folder):
     return path.read_text(encoding="utf-8")
 
 
+def test_the_rank_of_trained_adapters_is_shown_and_none_without_adapters(folder):
+    assert "LoRA rank" not in page(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "lora": {"rank": 16}}))
+    assert "LoRA rank <b>16</b>" in page(folder)
+    (folder / "config.json").write_text(json.dumps({**settings, "lora": {"rank": 0}}))
+    assert "LoRA rank" not in page(folder)
+
+
 def row(evaluation, name, key):
     (found,) = [row for row in report.rows(evaluation) if (row.set, row.key) == (name, key)]
     return found
