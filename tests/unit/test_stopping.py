@@ -264,9 +264,9 @@ def test_a_rule_that_cannot_act_is_told(rules, changes, message):
 
 
 def test_what_the_help_shows_is_accepted():
-    check(config("forget_loss:20, kl:0.5,rate:0.05,patience:3"))
-    check(config("forget_loss:2.9", **{"objective.forget_bound": 3.0}))
-    check(config("kl:1", **{"objective.forget_bound": 3.0, "eval.every": 0}))
+    assert check(config("forget_loss:20, kl:0.5,rate:0.05,patience:3")) is None
+    assert check(config("forget_loss:2.9", **{"objective.forget_bound": 3.0})) is None
+    assert check(config("kl:1", **{"objective.forget_bound": 3.0, "eval.every": 0})) is None
 
 
 @pytest.mark.parametrize(

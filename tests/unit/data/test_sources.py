@@ -14,10 +14,6 @@ from unlearn_ds.data.sources import (
     Source,
     check_rejected,
     content_key,
-    form_warning,
-    interleave,
-    mix,
-    prompts,
     read,
     split,
     write_rejected,
@@ -86,10 +82,6 @@ def write(path: Path, records: list[dict]) -> str:
     return str(path)
 
 
-def rows(count: int, name: str) -> list[Row]:
-    return [Row(f"{name} {n}", "answer") for n in range(count)]
-
-
 def texts(source: Source) -> list[tuple[str, str, tuple[str, ...]]]:
     return [(row.prompt, row.answer, row.right_answers) for row in source.rows]
 
@@ -151,43 +143,6 @@ def test_both_releases_of_pku_saferlhf_are_read(tmp_path):
     for n, records in enumerate((old, today)):
         source = read(write(tmp_path / f"{n}.jsonl", records), "forget")
         assert source.schema == "PKU-SafeRLHF" and texts(source) == FORGET["PKU-SafeRLHF"][1]
-
-
-# Mixing sources
-
-
-def test_without_weights_every_row_stands_once_and_with_weights_each_source_has_its_share():
-    few, many = rows(2, "few"), rows(6, "many")
-    assert mix([(few, None), (many, None)]) == few + many
-    mixed = mix([(few, 1.0), (many, 1.0)])
-    assert len(mixed) == 12 and set(map(id, mixed)) == set(map(id, few + many))
-    assert [sum(row in part for row in mixed) for part in (few, many)] == [6, 6]
-    assert [sum(row in part for row in mix([(few, 2.0), (many, 1.0)])) for part in (few, many)] == [12, 6]
-    assert mix([([], 1.0), (many, 1.0)]) == many
-
-
-def test_the_first_rows_of_several_sources_hold_some_of_each():
-    few, many = rows(1, "few"), rows(3, "many")
-    assert interleave([few, many]) == [few[0], *many]
-    assert interleave([many, few])[:2] == [many[0], few[0]]
-
-
-def test_prompts_of_a_labelled_source_are_the_safe_ones(tmp_path):
-    records = [{"id": n, "prompt": f"p{n}", "label": label} for n, label in enumerate(("safe", "unsafe", "safe"))]
-    assert prompts(write(tmp_path / "xstest.csv", records)) == ["p0", "p2"]
-    assert prompts(write(tmp_path / "plain.jsonl", TOFU)) == ["Who wrote it?", "When?"]
-    with pytest.raises(UsageError, match="no column prompt or question; it has text"):
-        prompts(write(tmp_path / "text.jsonl", [{"text": "x"}]))
-
-
-@pytest.mark.parametrize(("prose", "warned"), [(0, False), (2, False), (3, True), (4, True)])
-def test_rows_to_forget_and_to_retain_of_another_form_are_told(prose, warned):
-    """The paper: normal data must have the form of the forget data, or the form itself is unlearned."""
-    retain = [Row("", f"text {n}") for n in range(prose)] + rows(4 - prose, "asked")
-    warning = form_warning(rows(4, "asked"), retain)
-    assert bool(warning) == warned
-    if warned:
-        assert "prompts with answers" in warning and "--retain_data" in warning
 
 
 def test_a_txt_file_is_running_text_one_row_a_paragraph(tmp_path):
