@@ -102,3 +102,23 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def without_measured(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
+
+
+def says_what_was_recorded(out: Path, max_new_tokens: int = 8) -> bool:
+    """Whether ``out/model``, loaded by transformers alone, gives the answers that the last evaluation recorded."""
+    from transformers import AutoModelForCausalLM
+
+    from unlearn_ds import generate, model
+    from unlearn_ds.config import EvalConfig
+    from unlearn_ds.data.encode import Encoder
+
+    answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
+    causal_lm = AutoModelForCausalLM.from_pretrained(out / "model", attn_implementation="sdpa")
+    encoder = Encoder(model.load_tokenizer(str(out / "model")))
+    other = Encoder(encoder.tokenizer, "paper" if encoder.template == "chat" else "none")
+    prompts = [(other if a["set"] == "other_form" else encoder).prompt_ids(a["prompt"]) for a in answers]
+    order, size = sorted(range(len(answers)), key=lambda i: (len(prompts[i]), i)), EvalConfig().batch_size
+    said = []
+    for batch in (order[start : start + size] for start in range(0, len(order), size)):
+        said += generate.greedy_batch(causal_lm, encoder, [prompts[i] for i in batch], max_new_tokens, False)
+    return said == [answers[i]["after"] for i in order]

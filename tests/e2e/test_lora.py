@@ -8,7 +8,7 @@ import shutil
 import peft
 import pytest
 import torch
-from harness import SMALL_EVALUATION, ds_config, metrics, run, without_measured, write_data
+from harness import SMALL_EVALUATION, ds_config, metrics, run, says_what_was_recorded, without_measured, write_data
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from unlearn_ds import lora
@@ -99,18 +99,7 @@ def test_the_separate_export_names_its_base_and_loads_by_itself(resumed, tiny_mo
 
 
 def test_the_merged_export_generates_what_the_last_evaluation_recorded(merged):
-    from unlearn_ds import config, generate, model
-    from unlearn_ds.data.encode import Encoder
-
     out = merged[0] / "merged"
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert any(answer["before"] != answer["after"] for answer in answers)
-    causal_lm = AutoModelForCausalLM.from_pretrained(out / "model", attn_implementation="sdpa")
-    encoder = Encoder(model.load_tokenizer(str(out / "model")))
-    other = Encoder(encoder.tokenizer, "paper" if encoder.template == "chat" else "none")
-    prompts = [(other if a["set"] == "other_form" else encoder).prompt_ids(a["prompt"]) for a in answers]
-    order = sorted(range(len(answers)), key=lambda i: (len(prompts[i]), i))
-    size = config.EvalConfig().batch_size
-    for batch in (order[start : start + size] for start in range(0, len(order), size)):
-        texts = generate.greedy_batch(causal_lm, encoder, [prompts[i] for i in batch], 8, False)
-        assert texts == [answers[i]["after"] for i in batch]
+    assert says_what_was_recorded(out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from harness import SMALL_EVALUATION, metrics, run, write_data
+from harness import SMALL_EVALUATION, metrics, run, says_what_was_recorded, write_data
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.slow
@@ -65,9 +65,6 @@ def test_no_third_party_warning_reaches_the_user(finished):
 
 
 def test_the_exported_model_generates_what_the_last_evaluation_recorded(finished):
-    from unlearn_ds import config, generate, model
-    from unlearn_ds.data.encode import Encoder
-
     out = finished[0] / "out"
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == 4 + 4 + 4 + 8 + 4
@@ -76,15 +73,7 @@ def test_the_exported_model_generates_what_the_last_evaluation_recorded(finished
         for when in ("before", "after"):
             flags = [answer[f"flagged_{when}"] for answer in answers if answer["set"] == name]
             assert sum(flags) / len(flags) == recorded[when][name]["rate"]
-    causal_lm = AutoModelForCausalLM.from_pretrained(out / "model", attn_implementation="sdpa")
-    encoder = Encoder(model.load_tokenizer(str(out / "model")))
-    other = Encoder(encoder.tokenizer, "paper" if encoder.template == "chat" else "none")
-    prompts = [(other if a["set"] == "other_form" else encoder).prompt_ids(a["prompt"]) for a in answers]
-    order = sorted(range(len(answers)), key=lambda i: (len(prompts[i]), i))
-    size = config.EvalConfig().batch_size
-    for batch in (order[start : start + size] for start in range(0, len(order), size)):
-        texts = generate.greedy_batch(causal_lm, encoder, [prompts[i] for i in batch], 8, False)
-        assert texts == [answers[i]["after"] for i in batch]
+    assert says_what_was_recorded(out)
 
 
 def test_two_ranks_measure_the_same_and_the_memorized_model_comes_from_the_cache(finished):

@@ -1,4 +1,4 @@
-"""Several sources together: shares, order, prompts alone, and forms that differ."""
+"""Rows divided into sides, and several sources together: shares, order, prompts alone, and forms that differ."""
 
 import csv
 import json
@@ -6,7 +6,7 @@ import json
 import pytest
 
 from unlearn_ds.config import UsageError
-from unlearn_ds.data.sources import form_warning, interleave, mix, prompts
+from unlearn_ds.data.sources import form_warning, interleave, mix, prompts, split
 from unlearn_ds.types import Row
 
 TOFU = [{"question": "Who wrote it?", "answer": "Ann"}, {"question": "When?", "answer": "In May"}]
@@ -61,3 +61,31 @@ def test_rows_to_forget_and_to_retain_of_another_form_are_told(prose, warned):
     assert bool(warning) == warned
     if warned:
         assert "prompts with answers" in warning and "--retain_data" in warning
+
+
+def many_rows(count=4000) -> list[Row]:
+    return [Row(f"question {i}", f"answer {i}") for i in range(count)]
+
+
+def test_the_split_is_about_70_10_20_and_loses_nothing():
+    parts = split(many_rows())
+    shares = {name: len(rows) / 4000 for name, rows in parts.items()}
+    assert shares == pytest.approx({"train": 0.7, "validation": 0.1, "test": 0.2}, abs=0.025)
+    assert sorted(row.prompt for rows in parts.values() for row in rows) == sorted(row.prompt for row in many_rows())
+
+
+def test_a_row_keeps_its_side_whatever_else_the_file_holds():
+    whole, part = split(many_rows(400)), split(many_rows(400)[::-3])
+    for name, rows in part.items():
+        assert rows and set(rows) <= set(whole[name])
+
+
+def test_rows_with_the_same_prompt_stay_on_one_side():
+    rows = [Row(f"question {i}", f"answer {j}") for i in range(200) for j in range(3)]
+    sides = [{row.prompt for row in part} for part in split(rows).values()]
+    assert all(sides) and sum(map(len, sides)) == 200
+
+
+def test_running_text_is_split_by_its_text():
+    parts = split(Row("", f"paragraph {i}") for i in range(200))
+    assert all(parts.values())

@@ -15,7 +15,6 @@ from unlearn_ds.data.sources import (
     check_rejected,
     content_key,
     read,
-    split,
     write_rejected,
 )
 from unlearn_ds.types import Row
@@ -357,37 +356,6 @@ def test_rejected_rows_are_written_one_json_line_each(tmp_path):
     entries = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
     assert [entry["prompt"] for entry in entries] == ["bad 0", "bad 1", "bad 0"]
     assert entries[0] == {"source": "data.csv", "row": 0, "reason": "empty answer", "prompt": "bad 0"}
-
-
-# The split
-
-
-def many_rows(count=4000) -> list[Row]:
-    return [Row(f"question {i}", f"answer {i}") for i in range(count)]
-
-
-def test_the_split_is_about_70_10_20_and_loses_nothing():
-    parts = split(many_rows())
-    shares = {name: len(rows) / 4000 for name, rows in parts.items()}
-    assert shares == pytest.approx({"train": 0.7, "validation": 0.1, "test": 0.2}, abs=0.025)
-    assert sorted(row.prompt for rows in parts.values() for row in rows) == sorted(row.prompt for row in many_rows())
-
-
-def test_a_row_keeps_its_side_whatever_else_the_file_holds():
-    whole, part = split(many_rows(400)), split(many_rows(400)[::-3])
-    for name, rows in part.items():
-        assert rows and set(rows) <= set(whole[name])
-
-
-def test_rows_with_the_same_prompt_stay_on_one_side():
-    rows = [Row(f"question {i}", f"answer {j}") for i in range(200) for j in range(3)]
-    sides = [{row.prompt for row in part} for part in split(rows).values()]
-    assert all(sides) and sum(map(len, sides)) == 200
-
-
-def test_running_text_is_split_by_its_text():
-    parts = split(Row("", f"paragraph {i}") for i in range(200))
-    assert all(parts.values())
 
 
 # The public files themselves
