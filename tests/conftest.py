@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
 # Before the libraries read them: no test may reach a hub, and no test may find what an earlier run has cached.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Triton decides when a kernel is decorated whether it compiles it or interprets it.
+if shutil.which("nvidia-smi") is None:
+    os.environ["TRITON_INTERPRET"] = "1"
 _DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="unlearn_ds_tests_")
 os.environ["HF_DATASETS_CACHE"] = _DATASETS_CACHE.name
 
@@ -36,6 +40,13 @@ TEXT = (
 def _one_thread() -> None:
     """Small tensors are faster on one thread, and sums come out the same on every machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each row kernel in turn, as the one that ``loss_cases`` takes; without a GPU Triton's is interpreted."""
+    monkeypatch.setattr("loss_cases.KERNEL", request.param)
+    return request.param
 
 
 @pytest.fixture(scope="session")

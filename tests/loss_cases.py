@@ -7,9 +7,12 @@ from typing import NamedTuple
 import torch
 
 from unlearn_ds import ops
+from unlearn_ds.registry import KERNELS, resolve
 from unlearn_ds.types import PackedBatch, ReferenceRows
 
 HIDDEN = 24
+KERNEL = "torch"
+"""The row kernel under test; fixture ``kernel`` sets it."""
 
 
 class Case(NamedTuple):
@@ -26,10 +29,12 @@ class Result(NamedTuple):
     grad_weight: torch.Tensor | None
 
 
-def loss_batch(coefficients, targets, num_kl_rows=0, lengths=None, bounds=None) -> PackedBatch:
+def loss_batch(coefficients, targets, num_kl_rows=0, lengths=None, bounds=None, smoothing=None) -> PackedBatch:
     """A batch that holds what the loss reads; the stream itself is of no interest here."""
     coefficients_N = torch.as_tensor(coefficients, dtype=torch.float32)
     lengths = [len(coefficients_N)] if lengths is None else lengths
+    sequence_N = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long))
+    bounds_S = torch.tensor([float("inf")] * len(lengths) if bounds is None else bounds)
     none = torch.empty(0, dtype=torch.long)
     return PackedBatch(
         input_ids_T=none,
@@ -39,10 +44,12 @@ def loss_batch(coefficients, targets, num_kl_rows=0, lengths=None, bounds=None) 
         loss_index_N=torch.arange(len(coefficients_N)),
         targets_N=torch.as_tensor(targets, dtype=torch.long),
         coefficients_N=coefficients_N,
-        sequence_N=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.long)),
-        bounds_S=torch.tensor([float("inf")] * len(lengths) if bounds is None else bounds),
+        sequence_N=sequence_N,
+        bounds_S=bounds_S,
         sequence_lengths_S=torch.tensor(lengths, dtype=torch.float32),
         num_kl_rows=num_kl_rows,
+        bounded_index=None if bounds is None else torch.isfinite(bounds_S)[sequence_N].nonzero().squeeze(1),
+        smoothing_N=None if smoothing is None else torch.as_tensor(smoothing, dtype=torch.float32),
     )
 
 
@@ -77,6 +84,9 @@ def truth(case: Case, softcap=None, logit_scale=1.0, dtype=torch.float64, outer=
     wide = torch.promote_types(dtype, torch.float32)
     logp = torch.log_softmax(plain_logits(hidden, weight, softcap, logit_scale).to(wide), dim=1)
     loss_N = -logp[:num_ce].gather(1, batch.targets_N[:num_ce, None]).squeeze(1)
+    if batch.smoothing_N is not None:
+        smoothing = batch.smoothing_N[:num_ce].to(wide)
+        loss_N = (1 - smoothing) * loss_N - smoothing * logp[:num_ce].mean(1)
     if case.reference is not None:
         there = plain_logits(*(x.to(dtype) for x in case.reference), softcap, logit_scale)
         logq = torch.log_softmax(there.to(wide), dim=1)
@@ -86,10 +96,25 @@ def truth(case: Case, softcap=None, logit_scale=1.0, dtype=torch.float64, outer=
     return Result(loss.detach(), loss_N.detach(), hidden.grad, weight.grad)
 
 
+def loss_options(softcap=None, logit_scale=1.0, **options) -> ops.LossOptions:
+    return ops.LossOptions(ops.LogitMap(logit_scale, softcap), **{"kernel": KERNEL, **options})
+
+
+def kl_of_logits(logits_CV: torch.Tensor, reference_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL of each row and its gradient from the row kernel under test."""
+    outputs_CV, num_rows = logits_CV.clone(), len(logits_CV)
+    gradient_CV = torch.empty_like(outputs_CV)
+    loss_C = resolve("kernel", KERNEL, KERNELS).losses(
+        outputs_CV, torch.zeros(num_rows, dtype=torch.long), torch.ones(num_rows), gradient_CV,
+        reference_KV=reference_CV.clone(),
+    )  # fmt: skip
+    return loss_C, gradient_CV
+
+
 def ours(case: Case, train_hidden=True, train_weight=True, outer=1.0, **options) -> Result:
     hidden = case.hidden_NH.clone().requires_grad_(train_hidden)
     weight = case.weight_VH.clone().requires_grad_(train_weight)
-    output = ops.masked_loss(hidden, weight, case.batch, case.reference, **options)
+    output = ops.masked_loss(hidden, weight, case.batch, case.reference, loss_options(**options))
     (output.loss * outer).backward()
     return Result(output.loss.detach(), output.loss_N, hidden.grad, weight.grad)
 

@@ -1,7 +1,8 @@
 """Attention over a packed stream: four implementations of one function and the resolver that picks one.
 
 Each takes query [T, heads, D], key and value [T, kv heads, D] and the borders of the sequences, attends causally inside
-each sequence, and returns [T, heads, D].
+each sequence, and returns [T, heads, D]. Where sequences share prompts FlexAttention masks, so that each token attends
+once; the others copy prompts for attention alone, whose products are a small part of a layer's.
 """
 
 from __future__ import annotations
@@ -15,18 +16,40 @@ import torch
 import torch.nn.functional as F
 
 from unlearn_ds.config import UsageError
+from unlearn_ds.types import SharedPrompts
+
+Attention = Callable[..., torch.Tensor]
+"""(query, key, value, packing) -> what each token has attended to."""
 
 
 class Packing(NamedTuple):
-    """Borders of the sequences of a stream: ``cu_seqlens`` int32 [S + 1], the longest length, and what scores need."""
+    """Borders of the sequences of a stream: ``cu_seqlens`` int32 [S + 1], the longest length, and what scores need.
+
+    shared: where sequences share prompts; ``cu_seqlens`` then counts tokens of sequences with prompts of their own."""
 
     cu_seqlens: torch.Tensor
     max_seqlen: int
     scale: float | None = None
     window: int | None = None
     softcap: float | None = None
+    shared: SharedPrompts | None = None
 
 
+def _with_own_prompts(attend: Attention) -> Attention:
+    """Let an implementation that knows separate sequences only serve a stream with shared prompts."""
+
+    @functools.wraps(attend)
+    def attend_apart(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing) -> torch.Tensor:
+        if packing.shared is None:
+            return attend(query, key, value, packing)
+        stream_U, home_T = packing.shared
+        apart = (x.index_select(0, stream_U) for x in (query, key, value))
+        return attend(*apart, packing._replace(shared=None)).index_select(0, home_T)
+
+    return attend_apart
+
+
+@_with_own_prompts
 def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing) -> torch.Tensor:
     """flash-attn's variable-length kernel (package ``flash-attn``, CUDA, fp16 or bf16)."""
     from flash_attn import flash_attn_varlen_func
@@ -38,6 +61,7 @@ def flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: 
     )  # fmt: skip
 
 
+@_with_own_prompts
 def varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing) -> torch.Tensor:
     """torch's own variable-length attention (``torch.nn.attention.varlen``, CUDA, fp16 or bf16)."""
     from torch.nn.attention.varlen import varlen_attn
@@ -54,7 +78,7 @@ def varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing:
 def flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing) -> torch.Tensor:
     """FlexAttention with a block mask (CUDA); any dtype, sliding windows and soft-capping."""
     num_tokens = query.shape[0]
-    mask = _flex_mask(packing.cu_seqlens, num_tokens, packing.window)
+    mask = _flex_mask(packing, num_tokens)
     score = None
     if packing.softcap is not None:
         softcap = packing.softcap
@@ -69,6 +93,7 @@ def flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: P
     return out.squeeze(0).transpose(0, 1)
 
 
+@_with_own_prompts
 def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing) -> torch.Tensor:
     """torch's scaled-dot-product attention on any device: sequences side by side in a rectangle, for attention only.
 
@@ -121,7 +146,7 @@ def _grouped(
 SHORT = 256
 """Longest sequence for which scores of all pairs are cheap to keep for the backward pass on a CPU."""
 
-ATTENTION: Mapping[str, Callable[..., torch.Tensor]] = {"flash": flash, "varlen": varlen, "flex": flex, "sdpa": sdpa}
+ATTENTION: Mapping[str, Attention] = {"flash": flash, "varlen": varlen, "flex": flex, "sdpa": sdpa}
 
 
 def resolve(name: str, device: torch.device, dtype: torch.dtype, softcap: bool = False) -> tuple[str, str]:
@@ -182,13 +207,33 @@ def _compiled_flex() -> Callable[..., torch.Tensor]:
     return torch.compile(flex_attention, dynamic=True)
 
 
-def _flex_mask(cu_seqlens: torch.Tensor, num_tokens: int, window: int | None):
+def _flex_mask(packing: Packing, num_tokens: int):
     from torch.nn.attention.flex_attention import create_block_mask
 
-    sequence_T = torch.bucketize(torch.arange(num_tokens, device=cu_seqlens.device), cu_seqlens[1:], right=True)
+    allowed = mask_function(packing, num_tokens)
+    return create_block_mask(allowed, None, None, num_tokens, num_tokens, device=packing.cu_seqlens.device)
 
-    def causal_inside(_batch, _head, query, key):
-        keep = (query >= key) & (sequence_T[query] == sequence_T[key])
-        return keep if window is None else keep & (query - key < window)
 
-    return create_block_mask(causal_inside, None, None, num_tokens, num_tokens, device=cu_seqlens.device)
+def mask_function(packing: Packing, num_tokens: int) -> Callable[..., torch.Tensor]:
+    """(batch, head, query, key) -> whether a token of the stream attends to another: the mask that FlexAttention takes.
+
+    A token sees its sequence up to itself. Sequences with one prompt have their first token in common, and a prompt
+    comes before its answers, so order in the stream does for causality.
+    """
+    cu_seqlens, window = packing.cu_seqlens, packing.window
+    home_T = torch.arange(num_tokens, device=cu_seqlens.device)
+    sequence_T = unit_T = torch.bucketize(home_T, cu_seqlens[1:], right=True)
+    if packing.shared is not None:
+        stream_U, home_T = packing.shared
+        sequence_T = torch.bucketize(home_T, cu_seqlens[1:], right=True)
+        unit_T = stream_U[cu_seqlens[sequence_T].long()]
+        uses_T = torch.zeros_like(home_T).index_add_(0, stream_U, torch.ones_like(stream_U))
+        sequence_T = torch.where(uses_T > 1, -1, sequence_T)  # tokens of a shared prompt belong to all of its sequences
+    position_T = home_T - cu_seqlens[torch.bucketize(home_T, cu_seqlens[1:], right=True)]
+
+    def allowed(_batch, _head, query, key):
+        same = (sequence_T[key] == sequence_T[query]) | (sequence_T[key] == -1)
+        keep = (query >= key) & (unit_T[query] == unit_T[key]) & same
+        return keep if window is None else keep & (position_T[query] - position_T[key] < window)
+
+    return allowed

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from unlearn_ds import attention, dist, ds_json, embedded, engine, log, lora
+from unlearn_ds import attention, dist, ds_json, embedded, engine, log, lora, ops
 from unlearn_ds import model as models
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.encode import Encoder
@@ -42,8 +42,16 @@ def load_model(
     """Load a model, sharded where the configuration says so, and wrap it for packed batches."""
     with engine.sharded_loading(values):
         causal_lm = models.load_causal_lm(path, dtype_of(values), config.model.revision)
-    model = models.PackedCausalLM(causal_lm, attention_name, config.engine.loss_workspace_mib * 2**20)
+    model = models.PackedCausalLM(causal_lm, attention_name, loss_options(config, device))
     return model if ds_json.stage(values) == 3 else model.to(device)
+
+
+def loss_options(config: RunConfig, device: torch.device) -> ops.LossOptions:
+    """How losses are computed; ``UsageError`` when the kernel asked for cannot work here."""
+    kernel, _ = ops.resolve_kernel(config.engine.loss_kernel, device)
+    return ops.LossOptions(
+        workspace_bytes=ops.workspace_bytes(config.engine.loss_workspace_mib, device.type), kernel=kernel
+    )
 
 
 def policy(config: RunConfig, path: str, values: dict[str, Any], device: torch.device) -> engine.Policy:
@@ -53,6 +61,8 @@ def policy(config: RunConfig, path: str, values: dict[str, Any], device: torch.d
         f"engine      ZeRO-{ds_json.stage(values)} on {dist.world_size()} x {device.type}, "
         f"{str(dtype_of(values)).removeprefix('torch.')}; attention: {name} ({reason})"
     )
+    kernel, reason = ops.resolve_kernel(config.engine.loss_kernel, device)
+    log.say(f"loss        {kernel} rows ({reason})")
     model = load_model(config, path, values, device, name)
     if config.lora.rank:
         lora.add(model.causal_lm, config.lora, config.seed)
@@ -89,7 +99,7 @@ def loader(config: RunConfig, encoder: Encoder, data: ScenarioData, forget: Sequ
     terms = resolve("objective", objective.name, OBJECTIVES)(objective)
     return Loader(
         rows, terms, layout, seed=config.seed, num_mismatch=objective.num_mismatch, reduction=objective.reduction,
-        max_length=config.data.max_length,
+        max_length=config.data.max_length, share_prompts=config.model.share_prompts,
     )  # fmt: skip
 
 

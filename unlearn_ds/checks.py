@@ -15,7 +15,7 @@ from unlearn_ds.config import (
     retain_names,
     stop_rules,
 )
-from unlearn_ds.registry import JUDGES, OBJECTIVES, REFERENCES, SCENARIOS, STOP_RULES, check_name, resolve
+from unlearn_ds.registry import JUDGES, KERNELS, OBJECTIVES, REFERENCES, SCENARIOS, STOP_RULES, check_name, resolve
 
 
 def check(config: RunConfig) -> None:
@@ -33,6 +33,7 @@ def check(config: RunConfig) -> None:
     _check_choice("--schedule", config.optim.schedule, ("linear", "cosine", "constant"))
     _check_choice("--eval.gather", config.eval.gather, ("auto", "always", "never"))
     _check_choice("--attention", config.model.attention, ("auto", "flash", "varlen", "flex", "sdpa"))
+    _check_choice("--engine.loss_kernel", config.engine.loss_kernel, ("auto", *KERNELS))
     _check_choice("--resume", config.checkpoint.resume, ("none", "auto"))
     _check_choice("--lora_export", config.lora.export, ("merged", "separate"))
     _check_numbers(config)
@@ -52,7 +53,7 @@ def _check_numbers(config: RunConfig) -> None:
     positive = {
         "--max_steps": optim.max_steps, "--batch_size": optim.batch_size, "--learning_rate": optim.learning_rate,
         "--gradient_accumulation_steps": optim.gradient_accumulation_steps, "--data.max_length": config.data.max_length,
-        "--engine.loss_workspace_mib": config.engine.loss_workspace_mib, "--optim.max_skipped": optim.max_skipped,
+        "--optim.max_skipped": optim.max_skipped,
         "--eval.batch_size": config.eval.batch_size, "--eval.max_new_tokens": config.eval.max_new_tokens,
         "--memorize.epochs": config.memorize.epochs, "--memorize.batch_size": config.memorize.batch_size,
         "--checkpoint.keep": config.checkpoint.keep, "--engine.timeout_minutes": config.engine.timeout_minutes,
@@ -70,6 +71,7 @@ def _check_numbers(config: RunConfig) -> None:
         if not (math.isfinite(value) and value > 0):
             raise UsageError(f"{flag} must be above 0; got {value}.")
     not_negative = {
+        "--engine.loss_workspace_mib": config.engine.loss_workspace_mib,
         "--eps_forget": objective.eps_forget, "--eps_mismatch": objective.eps_mismatch, "--seed": config.seed,
         "--eps_retain": objective.eps_retain, "--forget_bound": objective.forget_bound,
         "--gradient_clipping": optim.gradient_clipping, "--warmup_ratio": optim.warmup_ratio,
@@ -81,13 +83,14 @@ def _check_numbers(config: RunConfig) -> None:
         "--eval.num_other_form": config.eval.num_other_form,
         "--stop.extra": config.stop.extra, "--stop.max_accuracy_drop": config.stop.max_accuracy_drop,
         "--stop.max_perplexity_rise": config.stop.max_perplexity_rise,
-        "--lora_rank": config.lora.rank,
+        "--lora_rank": config.lora.rank, "--objective.mismatch_smoothing": objective.mismatch_smoothing,
     }  # fmt: skip
     for flag, value in not_negative.items():
         if not (math.isfinite(value) and value >= 0):
             hint = " The sign of the ascent is written in the code." if flag.startswith("--eps") else ""
             raise UsageError(f"{flag} must not be negative; got {value}.{hint}")
     below_one = {
+        "--objective.mismatch_smoothing": objective.mismatch_smoothing,
         "--warmup_ratio": optim.warmup_ratio, "--optim.adam_beta1": optim.adam_beta1,
         "--optim.adam_beta2": optim.adam_beta2,
     }  # fmt: skip

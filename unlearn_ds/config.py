@@ -39,6 +39,7 @@ class ModelConfig:
     path: str = knob(EMBEDDED_MODEL, "local folder or hub id of a causal language model")
     revision: str | None = knob(None, "hub revision of the model")
     attention: str = knob("auto", "auto, flash, varlen, flex or sdpa; auto takes the fastest that works here")
+    share_prompts: bool = knob(True, "the answers to a prompt follow one copy of it in the packed stream")
     activation_checkpointing: bool = knob(False, "recompute activations in backward (non-reentrant) to save memory")
 
 
@@ -75,6 +76,7 @@ class ObjectiveConfig:
     eps_retain: float = knob(1.0, "weight of the retain term; 0 skips its rows and the reference")
     num_mismatch: int = knob(1, "K, unrelated answers for each forget prompt")
     reduction: str = knob("sequence", "sequence: mean over sequences of token means; token: mean over tokens")
+    mismatch_smoothing: float = knob(0.0, "label smoothing of the mismatch term")
     forget_bound: float = knob(0.0, "a forget sequence stops being pushed above this mean NLL a token; 0: no bound")
 
 
@@ -121,7 +123,10 @@ class EngineConfig:
     reference: str = knob("auto", "the frozen reference: offload (a second model in host memory), nvme (on disk), "
                           "resident, cached or adapter; auto: adapter with --lora_rank, else offload")  # fmt: skip
     nvme_path: str | None = knob(None, "folder on a local disk for the weights of --reference nvme")
-    loss_workspace_mib: int = knob(512, "largest logits buffer of the loss in MiB; rows beyond it go in chunks")
+    loss_workspace_mib: int = knob(
+        0, "logits of the loss that exist at a time, in MiB; rows beyond go in blocks; 0: 1536 on a GPU, 128 on a CPU"
+    )
+    loss_kernel: str = knob("auto", "rows of logits: triton, torch, or auto: triton on a GPU")
     timeout_minutes: int = knob(30, "of collective operations before a run gives up on a silent rank")
 
 

@@ -58,9 +58,15 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def device_type() -> str:
+    """Type of the device that a run of this machine trains on, known before any process group is."""
+    accelerated = torch.accelerator.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    return torch.accelerator.current_accelerator().type if accelerated else "cpu"
+
+
 def computes_bf16() -> bool:
     """True where bf16 matrix products are done in hardware: accelerators, and CPUs with the units for it."""
-    if torch.accelerator.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+    if device_type() != "cpu":
         return True
     flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").exists() else []
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(flags))

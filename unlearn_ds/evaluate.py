@@ -14,6 +14,7 @@ from unlearn_ds.config import EvalConfig, UsageError
 from unlearn_ds.data.encode import Encoder
 from unlearn_ds.data.packing import pack_scored
 from unlearn_ds.model import PackedCausalLM
+from unlearn_ds.ops import TokenStatistics
 from unlearn_ds.registry import JUDGES, METRICS, resolve
 from unlearn_ds.scenarios import Scenario, ScenarioData
 from unlearn_ds.types import Answer, EncodedRow, Measured, Row, Scored
@@ -189,7 +190,7 @@ class Evaluator:
         def score(batch: Sequence[EncodedRow]) -> list[tuple[float, int]]:
             packed = pack_scored(batch).to(model.device)
             with torch.no_grad():
-                nll_N = model(packed)
+                nll_N = -TokenStatistics(*model(packed)).logp_N
             parts = nll_N.double().cpu().split([len(row.answer_ids) for row in batch])
             return [(float(part.sum()), part.numel()) for part in parts]
 

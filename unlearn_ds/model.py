@@ -102,7 +102,7 @@ def largest_weight(config: PretrainedConfig) -> int:
 
 _HARMLESS = {
     "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "dropout", "position_ids", "is_causal",
-    "use_cache",
+    "use_cache", "shared_prompts",
 }  # fmt: skip
 """What transformers hands to an attention function besides what changes its result."""
 
@@ -118,33 +118,33 @@ class LossHead(nn.Linear):
         hidden: torch.Tensor,
         batch: PackedBatch | None = None,
         reference: ReferenceRows | None = None,
-        **options,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        options: ops.LossOptions = ops.DEFAULT,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         if batch is None:
             return super().forward(hidden)
         if torch.is_grad_enabled():
             if reference is not None and reference.weight_VH is None:
                 reference = reference._replace(weight_VH=self.weight)
-            return tuple(ops.masked_loss(hidden, self.weight, batch, reference, **options))
-        return ops.token_nll(hidden, self.weight, batch.targets_N, **options)
+            return tuple(ops.masked_loss(hidden, self.weight, batch, reference, options))
+        return tuple(ops.token_statistics(hidden, self.weight, batch.targets_N, options))
 
 
 class PackedCausalLM(nn.Module):
     """A Hugging Face causal language model driven by packed batches.
 
-    ``forward(batch, reference)`` returns (loss, loss_N) with gradients enabled and the NLL of each response token
-    without; ``forward(batch, hidden_only=True)`` returns the final hidden states at the response rows, [N, H].
+    ``forward(batch, reference)`` returns (loss, loss_N) with gradients enabled and without them the
+    ``ops.TokenStatistics`` of the response tokens as a plain tuple; ``forward(batch, hidden_only=True)`` returns the
+    final hidden states at the response rows, [N, H].
 
     reference: states of another model, or the packed KL rows for this one to run with its adapters off. It does so in
     the same forward, so that a step of ZeRO-3 fetches weights in the same order every time and can prefetch them.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, attention_name: str, workspace_bytes: int = 512 * 2**20):
+    def __init__(self, causal_lm: PreTrainedModel, attention_name: str, loss_options: ops.LossOptions = ops.DEFAULT):
         super().__init__()
         self.causal_lm = causal_lm
         self.attention_name = attention_name
         self._registered = _register(attention_name)
-        self.workspace_bytes = workspace_bytes
         head = causal_lm.get_output_embeddings()
         if type(head) not in (nn.Linear, LossHead) or head.bias is not None:
             # GPT-J and Phi-2 have a bias there; the fused loss knows one product and its gradient.
@@ -154,7 +154,7 @@ class PackedCausalLM(nn.Module):
                 "the loss here cannot train"
             )
         _check_layers(causal_lm.config)
-        self.logit_scale, self.softcap = _from_head_to_logits(causal_lm)
+        self.loss_options = loss_options._replace(logits=_from_head_to_logits(causal_lm))
         # The class changes, the module does not: parameters, names in the state dict and ZeRO-3's hooks stay.
         head.__class__ = LossHead
         causal_lm.set_attn_implementation(self._registered)
@@ -175,23 +175,20 @@ class PackedCausalLM(nn.Module):
 
     def forward(
         self, batch: PackedBatch, reference: ReferenceRows | PackedBatch | None = None, hidden_only: bool = False
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
         if isinstance(reference, PackedBatch):
             with torch.no_grad(), lora.switched_off(self):
                 reference = ReferenceRows(self._hidden_rows(reference), None)
         hidden_NH = self._hidden_rows(batch)
         if hidden_only:
             return hidden_NH
-        return self.causal_lm.get_output_embeddings()(
-            hidden_NH, batch, reference, workspace_bytes=self.workspace_bytes,
-            softcap=self.softcap, logit_scale=self.logit_scale,
-        )  # fmt: skip
+        return self.causal_lm.get_output_embeddings()(hidden_NH, batch, reference, self.loss_options)
 
     def _hidden_rows(self, batch: PackedBatch) -> torch.Tensor:
         hidden_TH = self.causal_lm.base_model(
             input_ids=batch.input_ids_T[None], position_ids=batch.position_ids_T[None], use_cache=False,
             cu_seq_lens_q=batch.cu_seqlens, cu_seq_lens_k=batch.cu_seqlens,
-            max_length_q=batch.max_seqlen, max_length_k=batch.max_seqlen,
+            max_length_q=batch.max_seqlen, max_length_k=batch.max_seqlen, shared_prompts=batch.shared,
         ).last_hidden_state[0]  # fmt: skip
         return hidden_TH.index_select(0, batch.loss_index_N)
 
@@ -222,8 +219,8 @@ class _Hidden(BaseModelOutput):
 
 
 @torch.no_grad()
-def _from_head_to_logits(causal_lm: PreTrainedModel) -> tuple[float, float | None]:
-    """(factor, soft cap) between the output of the LM head and the logits: logits = cap * tanh(factor * output / cap).
+def _from_head_to_logits(causal_lm: PreTrainedModel) -> ops.LogitMap:
+    """What lies between the output of the LM head and the logits.
 
     Names in configurations do not tell (``logits_scaling`` divides in Granite and multiplies in HyperCLOVA X), so the
     model's own forward is asked, with decoder and head replaced: no weight is touched, sharded or not. Raises
@@ -246,7 +243,7 @@ def _from_head_to_logits(causal_lm: PreTrainedModel) -> tuple[float, float | Non
     expected_V = softcap * torch.tanh(output_V / softcap) if softcap else scale * output_V
     if not torch.allclose(logits_V, expected_V, rtol=1e-5, atol=1e-6):
         raise UsageError(f"{type(causal_lm).__name__} changes its logits in a way that the loss here does not follow")
-    return scale, softcap
+    return ops.LogitMap(scale, softcap)
 
 
 def _check_layers(config: PretrainedConfig) -> None:
@@ -277,7 +274,10 @@ def _register(name: str) -> str:
             raise UsageError(f"{type(module).__name__} asks attention for {', '.join(asked)}, which is not supported")
         if "cu_seq_lens_q" not in kwargs:
             raise UsageError(f"{type(module).__name__} is not told where packed sequences end, so it cannot be packed")
-        packing = attention.Packing(kwargs["cu_seq_lens_q"], kwargs["max_length_q"], scaling, sliding_window, softcap)
+        packing = attention.Packing(
+            kwargs["cu_seq_lens_q"], kwargs["max_length_q"], scaling, sliding_window, softcap,
+            kwargs["shared_prompts"],
+        )  # fmt: skip
         out_THD = attend(*(x[0].transpose(0, 1) for x in (query, key, value)), packing)
         return out_THD[None], None
 

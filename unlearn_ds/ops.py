@@ -1,22 +1,75 @@
 """The public maths: masked cross-entropy, masked forward KL and log-probabilities on response tokens only.
 
-Plain torch, chunked over rows, with the gradient made in the forward pass, so that logits of more than one workspace
-chunk never exist. This path is the oracle for kernels. Rows are compacted by the caller: a row of ``hidden_NH`` is a
-response token, nothing else reaches the LM head.
+Rows are compacted by the caller: a row of ``hidden_NH`` is a response token, nothing else reaches the LM head. Large
+matrix products are the vendor library's; what happens to a row of logits is a row kernel's (``registry.KERNELS``). The
+gradient is made in the forward pass, block by block, so that logits of more than one workspace never exist, and the LM
+head is read by one call of one module, as ZeRO-3 needs it.
 """
 
 from __future__ import annotations
 
+import importlib.util
+from typing import Any, NamedTuple
+
 import torch
 from torch.autograd.function import once_differentiable
 
+from unlearn_ds.config import UsageError
+from unlearn_ds.registry import KERNELS, resolve
 from unlearn_ds.types import LossOutput, PackedBatch, ReferenceRows
 
 CHUNK_BYTES = 24 * 2**20
-"""fp32 logits made at a time."""
+"""fp32 logits made at a time on the way to a gradient of a narrower type."""
+PANEL_BYTES = 16 * 2**20
+"""Part of an LM head that is widened to fp32 at a time where the device cannot multiply bf16 into fp32."""
+MIN_ROWS = 8
+"""Of a block, however small the workspace."""
 
-SERIES_LIMIT = 2.0**-5
-"""Below it exp(d) - 1 - d is summed as a series: the direct form loses all digits while the two models are close."""
+
+class LogitMap(NamedTuple):
+    """From the output of the LM head to logits: ``softcap * tanh(scale * output / softcap)``, or ``scale * output``."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+class LossOptions(NamedTuple):
+    """How a loss is computed: the map to logits, the bytes of the largest [rows, V] buffers, the row kernel."""
+
+    logits: LogitMap = LogitMap()
+    workspace_bytes: int = 512 * 2**20
+    kernel: str = "torch"
+
+
+DEFAULT = LossOptions()
+
+
+class TokenStatistics(NamedTuple):
+    """Of each target, [N]: log-probability, entropy of the distribution it is from, whether no token is likelier."""
+
+    logp_N: torch.Tensor
+    entropy_N: torch.Tensor
+    is_top_N: torch.Tensor
+
+
+def resolve_kernel(name: str, device: torch.device) -> tuple[str, str]:
+    """Return (row kernel, reason). ``auto`` takes Triton's on a GPU; one that cannot work raises ``UsageError``."""
+    missing = None
+    if device.type != "cuda":
+        missing = "needs a CUDA GPU"
+    elif not importlib.util.find_spec("triton"):
+        missing = "package triton is not installed"
+    if name == "triton" and missing:
+        raise UsageError(f"--engine.loss_kernel triton cannot be used: {missing}. Use --engine.loss_kernel auto.")
+    if name != "auto":
+        return name, "asked for"
+    return ("torch", f"not triton: {missing}") if missing else ("triton", "the fastest")
+
+
+def workspace_bytes(mib: int, device_type: str) -> int:
+    """Bytes of logits at a time; with 0 enough for the rows of a micro-batch on a GPU, and on a CPU, where more is no
+    faster, little."""
+    return 2**20 * (mib or (128 if device_type == "cpu" else 1536))
 
 
 def masked_loss(
@@ -24,20 +77,15 @@ def masked_loss(
     weight_VH: torch.Tensor,
     batch: PackedBatch,
     reference: ReferenceRows | None,
-    *,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    workspace_bytes: int = 512 * 2**20,
+    options: LossOptions = DEFAULT,
 ) -> LossOutput:
     """Loss of one micro-batch: sum over rows of coefficient times cross-entropy or KL(reference || policy).
 
     Args:
         hidden_NH: final hidden states of the policy at the response rows, cross-entropy rows first.
         weight_VH: LM head of the policy; V may be padded beyond the vocabulary.
-        batch: coefficients, targets and bounds of the rows.
+        batch: coefficients, targets, bounds and label smoothing of the rows.
         reference: hidden states and LM head of the frozen model for the last ``batch.num_kl_rows`` rows.
-        softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma). logit_scale: factor on logits (Cohere).
-        workspace_bytes: size of the largest [rows, V] buffer.
 
     A sequence whose mean loss lies above its bound is left out of loss and gradient.
     A loss that is not finite poisons the gradient, so that the optimizer step is skipped whatever the precision.
@@ -45,28 +93,39 @@ def masked_loss(
     """
     if (batch.num_kl_rows > 0) != (reference is not None):
         raise ValueError("KL rows need a reference, and a reference needs KL rows")
-    head = _Head(weight_VH, softcap, logit_scale, workspace_bytes)
     coefficients_N = batch.coefficients_N
-    if torch.isfinite(batch.bounds_S).any() and batch.num_response_tokens:
-        coefficients_N = coefficients_N * _below_bound(hidden_NH, head, batch)
+    if batch.bounded_index is not None:
+        coefficients_N = coefficients_N * _below_bound(hidden_NH, weight_VH, batch, options)
     reference_hidden, reference_weight = reference or (None, None)
     loss, loss_N = _MaskedLoss.apply(
-        hidden_NH, weight_VH, coefficients_N, batch.targets_N, reference_hidden, reference_weight, head
-    )
+        hidden_NH, weight_VH, coefficients_N, batch.targets_N, batch.smoothing_N, reference_hidden, reference_weight,
+        options,
+    )  # fmt: skip
     return LossOutput(loss, loss_N)
 
 
-def token_nll(
-    hidden_NH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    targets_N: torch.Tensor,
-    *,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    workspace_bytes: int = 512 * 2**20,
-) -> torch.Tensor:
-    """Negative log-probability of each target, fp32 [N], without gradients; memory as in ``masked_loss``."""
-    return _nll_rows(hidden_NH.detach(), _Head(weight_VH.detach(), softcap, logit_scale, workspace_bytes), targets_N)
+@torch.no_grad()
+def token_statistics(
+    hidden_NH: torch.Tensor, weight_VH: torch.Tensor, targets_N: torch.Tensor, options: LossOptions = DEFAULT
+) -> TokenStatistics:
+    """Log-probability, entropy and top-1 agreement of each target without gradients, for one product with the head.
+
+    Memory as in ``masked_loss``; logits are those of the cross-entropy rows there.
+    """
+    rows_of = resolve("kernel", options.kernel, KERNELS)
+    wide, vocab = _wide(hidden_NH), weight_VH.shape[0]
+    size = max(MIN_ROWS, min(options.workspace_bytes, _chunk_bytes(hidden_NH)) // (vocab * wide.itemsize))
+    size = min(size, max(1, targets_N.numel()))
+    outputs_CV = hidden_NH.new_empty(size, vocab, dtype=wide)
+    columns = [torch.empty(targets_N.shape, dtype=dtype, device=hidden_NH.device) for dtype in (wide, wide, torch.bool)]
+    for start in range(0, targets_N.numel(), size):
+        rows = slice(start, min(start + size, targets_N.numel()))
+        part_CV = outputs_CV[: rows.stop - rows.start]
+        _head_outputs(hidden_NH[rows], weight_VH, part_CV, exact=False)
+        found = rows_of.statistics(part_CV, targets_N[rows], **options.logits._asdict())
+        for column, values in zip(columns, found, strict=True):
+            column[rows] = values
+    return TokenStatistics(*columns)
 
 
 def sequence_means(loss_N: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
@@ -75,148 +134,179 @@ def sequence_means(loss_N: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
     return sums_S / batch.sequence_lengths_S
 
 
-class _Head:
-    """The LM head as chunks of fp32 logits, and the way back from their gradients."""
-
-    def __init__(self, weight_VH: torch.Tensor, softcap: float | None, logit_scale: float, workspace_bytes: int):
-        self.weight_VH, self.softcap, self.logit_scale = weight_VH, softcap, logit_scale
-        self._promoted: dict[int, torch.Tensor] = {}  # fp32 copies of the heads, made once a call
-        row_bytes = 4 * max(1, weight_VH.shape[0])
-        # A block's gradients of the logits stay until its two matrix products; fp32 work goes through it in chunks
-        # small enough for the allocator to hand the same memory out again.
-        self.block_rows = max(8, workspace_bytes // row_bytes)
-        self.chunk_rows = max(8, min(workspace_bytes // 8, CHUNK_BYTES) // row_bytes)
-
-    def blocks(self, num_rows: int) -> list[slice]:
-        return [slice(a, min(a + self.block_rows, num_rows)) for a in range(0, num_rows, self.block_rows)]
-
-    def chunks(self, start: int, stop: int) -> list[slice]:
-        return [slice(a, min(a + self.chunk_rows, stop)) for a in range(start, stop, self.chunk_rows)]
-
-    def logits(self, hidden_NH: torch.Tensor, weight_VH: torch.Tensor, exact: bool) -> torch.Tensor:
-        """fp32 logits of a chunk. ``exact``: never rounded to bf16, as a KL between close models needs."""
-        if exact and hidden_NH.dtype != torch.float32 and hidden_NH.device.type == "cuda":
-            logits = torch.mm(hidden_NH, weight_VH.t(), out_dtype=torch.float32)
-        elif exact:
-            if id(weight_VH) not in self._promoted:
-                self._promoted[id(weight_VH)] = _promote(weight_VH)
-            logits = torch.mm(_promote(hidden_NH), self._promoted[id(weight_VH)].t())
-        else:
-            logits = torch.mm(hidden_NH, weight_VH.t()).to(_promote(hidden_NH).dtype)
-        if self.logit_scale != 1.0:
-            logits *= self.logit_scale
-        if self.softcap is not None:
-            logits = torch.tanh_(logits.div_(self.softcap)).mul_(self.softcap)
-        return logits
-
-    def undo(self, gradient_NV: torch.Tensor, logits_NV: torch.Tensor) -> torch.Tensor:
-        """Carry a gradient with respect to the final logits back through softcap and scale."""
-        if self.softcap is not None:
-            gradient_NV = gradient_NV * (1 - (logits_NV / self.softcap) ** 2)
-        return gradient_NV * self.logit_scale if self.logit_scale != 1.0 else gradient_NV
-
-
-def _promote(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 @torch.no_grad()
-def _below_bound(hidden_NH: torch.Tensor, head: _Head, batch: PackedBatch) -> torch.Tensor:
-    """1 for rows of sequences still below their bound, else 0 (fp32 [N]); costs one more product with the head."""
-    bounded_N = torch.isfinite(batch.bounds_S)[batch.sequence_N]
-    index = bounded_N.nonzero().squeeze(1)
+def _below_bound(
+    hidden_NH: torch.Tensor, weight_VH: torch.Tensor, batch: PackedBatch, options: LossOptions
+) -> torch.Tensor:
+    """1 for rows of sequences still below their bound, else 0 (fp32 [N]); costs the bounded rows one more product."""
+    index = batch.bounded_index
     loss_N = torch.zeros_like(batch.coefficients_N)
-    loss_N[index] = _nll_rows(hidden_NH[index], head, batch.targets_N[index]).to(loss_N.dtype)
+    logp = token_statistics(hidden_NH[index], weight_VH, batch.targets_N[index], options).logp_N
+    loss_N[index] = -logp.to(loss_N.dtype)
     return (sequence_means(loss_N, batch) < batch.bounds_S)[batch.sequence_N].to(batch.coefficients_N.dtype)
 
 
-@torch.no_grad()
-def _nll_rows(hidden_NH: torch.Tensor, head: _Head, targets_N: torch.Tensor) -> torch.Tensor:
-    loss_N = torch.empty(targets_N.shape, dtype=_promote(hidden_NH).dtype, device=hidden_NH.device)
-    for rows in head.chunks(0, targets_N.numel()):
-        logits_CV = head.logits(hidden_NH[rows], head.weight_VH, exact=False)
-        target_C = logits_CV.gather(1, targets_N[rows, None]).squeeze(1)
-        loss_N[rows] = torch.logsumexp(logits_CV, dim=1) - target_C
-    return loss_N
+def _wide(hidden_NH: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(hidden_NH.dtype, torch.float32)
 
 
-def _cross_entropy_chunk(logits_CV: torch.Tensor, targets_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss [C] and its gradient [C, V] (softmax minus one-hot), both fp32."""
-    target_C = logits_CV.gather(1, targets_C[:, None]).squeeze(1)
-    loss_C = torch.logsumexp(logits_CV, dim=1) - target_C
-    gradient_CV = torch.softmax(logits_CV, dim=1)
-    gradient_CV.scatter_add_(1, targets_C[:, None], -torch.ones_like(loss_C)[:, None])
-    return loss_C, gradient_CV
+def _chunk_bytes(hidden_NH: torch.Tensor) -> int:
+    return CHUNK_BYTES if hidden_NH.device.type == "cpu" else 2**62
 
 
-def _kl_chunk(logits_CV: torch.Tensor, reference_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(reference || policy) [C] and its gradient [C, V], exact near zero.
+def _head_outputs(hidden_CH: torch.Tensor, weight_VH: torch.Tensor, out_CV: torch.Tensor, exact: bool) -> None:
+    """Write the outputs of the head in fp32 (or float64) to ``out_CV``.
 
-    With d = log p - log p_ref the KL is the sum of p_ref * (exp(d) - 1 - d): every term is at least 0 and second order
-    in d, where the textbook form subtracts first-order terms and loses all digits of a small KL.
+    exact: never rounded to bf16 on the way, as a KL between close models needs. CUDA never rounds them; a CPU cannot
+    multiply bf16 into fp32, so there the head is widened, a panel at a time.
     """
-    logp_CV, logq_CV = torch.log_softmax(logits_CV, dim=1), torch.log_softmax(reference_CV, dim=1)
-    q_CV = logq_CV.exp()
-    # Without mass in the reference d means nothing (-inf minus -inf in a padded vocabulary); the policy's mass counts.
-    d_CV = torch.where(q_CV > 0, logp_CV - logq_CV, 0.0)
-    small_CV = d_CV.clamp(-SERIES_LIMIT, SERIES_LIMIT)
-    series_CV = small_CV**2 * (0.5 + small_CV * (1 / 6 + small_CV * (1 / 24 + small_CV * (1 / 120))))
-    is_small_CV = (d_CV.abs() < SERIES_LIMIT) & (q_CV > 0)
-    difference_CV = torch.where(is_small_CV, q_CV * (small_CV + series_CV), logp_CV.exp() - q_CV)
-    loss_C = torch.where(is_small_CV, q_CV * series_CV, difference_CV - q_CV * d_CV).sum(dim=1)
-    return loss_C, difference_CV
+    if hidden_CH.dtype == out_CV.dtype:
+        torch.mm(hidden_CH, weight_VH.t(), out=out_CV)
+    elif hidden_CH.device.type == "cuda":
+        torch.mm(hidden_CH, weight_VH.t(), out_dtype=out_CV.dtype, out=out_CV)
+    elif exact:
+        wide_CH = hidden_CH.to(out_CV.dtype)
+        size = max(1, PANEL_BYTES // (weight_VH.shape[1] * out_CV.element_size()))
+        for a in range(0, weight_VH.shape[0], size):
+            torch.mm(wide_CH, weight_VH[a : a + size].to(out_CV.dtype).t(), out=out_CV[:, a : a + size])
+    else:
+        out_CV.copy_(torch.mm(hidden_CH, weight_VH.t()))
+
+
+class _Block(NamedTuple):
+    """Rows whose gradients with respect to the logits exist together; KL rows begin at ``border``."""
+
+    start: int
+    border: int
+    stop: int
+
+
+def _blocks(num_rows: int, first_kl: int, bytes_ce: int, bytes_kl: int, workspace_bytes: int) -> list[_Block]:
+    """Cut the rows so that a block fits the workspace: a KL row needs the outputs of the reference too."""
+    blocks, start = [], 0
+    while start < num_rows:
+        num_ce = max(0, min(first_kl - start, max(MIN_ROWS, workspace_bytes // bytes_ce)))
+        border = start + num_ce
+        room = (workspace_bytes - num_ce * bytes_ce) // bytes_kl
+        num_kl = 0 if border < first_kl else min(num_rows - border, room if num_ce else max(MIN_ROWS, room))
+        blocks.append(_Block(start, border, border + max(0, num_kl)))
+        start = blocks[-1].stop
+    return blocks
+
+
+class _Workspace:
+    """The [rows, V] buffers of one loss: outputs of the policy, of the reference, and the gradient.
+
+    Where the kernel or equal types allow it the gradient lies over the outputs. Otherwise, on a CPU in bf16, outputs
+    are made in chunks that the allocator hands out again, and only the gradient waits for the products with a block.
+    """
+
+    def __init__(self, hidden_NH: torch.Tensor, vocab: int, num_rows: int, first_kl: int, in_place: bool, limit: int):
+        self.hidden_dtype, self.wide, self.vocab = hidden_NH.dtype, _wide(hidden_NH), vocab
+        self.over = in_place or self.hidden_dtype == self.wide
+        width = self.wide.itemsize * vocab
+        bytes_ce = width if self.over else self.hidden_dtype.itemsize * vocab
+        self.blocks = _blocks(num_rows, first_kl, bytes_ce, bytes_ce + (width if self.over else 0), limit)
+        largest = max((block.stop - block.start for block in self.blocks), default=0)
+        most_kl = max((block.stop - block.border for block in self.blocks), default=0)
+        self.chunk = largest if self.over else max(MIN_ROWS, min(limit // 8, CHUNK_BYTES) // width)
+        # Rows start at multiples of 32 bytes, whatever the vocabulary: an odd one halves the speed of a product.
+        padded = -(-vocab // 8) * 8
+        self._outputs = hidden_NH.new_empty(largest if self.over else min(self.chunk, largest), padded, dtype=self.wide)
+        self._reference = hidden_NH.new_empty(min(most_kl, self.chunk), padded, dtype=self.wide)
+        self._gradient = self._outputs if self.over else hidden_NH.new_empty(largest, padded)
+
+    def gradient(self, num_rows: int) -> torch.Tensor:
+        """Where the gradient of a block goes: [rows, V] in the type of the hidden states."""
+        return self._gradient[:num_rows].view(self.hidden_dtype)[:, : self.vocab]
+
+    def parts(self, block: _Block) -> list[tuple[slice, bool]]:
+        """(rows, whether they are KL rows) of what goes through the row kernel together."""
+        found = []
+        for start, stop, is_kl in ((block.start, block.border, False), (block.border, block.stop, True)):
+            found += [(slice(a, min(a + self.chunk, stop)), is_kl) for a in range(start, stop, self.chunk)]
+        return found
+
+    def outputs(self, rows: slice, block: _Block) -> torch.Tensor:
+        """Where the outputs of ``rows`` go: at their place in the block, or at the start of the chunk."""
+        offset = rows.start - block.start if self.over else 0
+        return self._outputs[offset : offset + rows.stop - rows.start, : self.vocab]
+
+    def reference(self, num_rows: int) -> torch.Tensor:
+        return self._reference[:num_rows, : self.vocab]
 
 
 class _MaskedLoss(torch.autograd.Function):
-    """Loss and gradients in one pass over row chunks; ``backward`` only scales what ``forward`` stored."""
+    """Loss and gradients in one pass over blocks of rows; ``backward`` only scales what ``forward`` stored."""
 
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, coefficients_N, targets_N, reference_NH, reference_VH, head):
+    def forward(
+        ctx: Any, hidden_NH, weight_VH, coefficients_N, targets_N, smoothing_N, reference_NH, reference_VH, options
+    ):
+        rows_of = resolve("kernel", options.kernel, KERNELS)
         num_rows = targets_N.numel()
-        first_kl_row = num_rows - (0 if reference_NH is None else reference_NH.shape[0])
+        first_kl = num_rows - (0 if reference_NH is None else reference_NH.shape[0])
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        wide = _promote(hidden_NH[:0]).dtype
-        loss_N = torch.zeros(num_rows, dtype=wide, device=hidden_NH.device)
-        grad_hidden = torch.zeros_like(hidden_NH) if needs_hidden else None
-        blocks = head.blocks(num_rows)
+        work = _Workspace(
+            hidden_NH, weight_VH.shape[0], num_rows, first_kl, rows_of.in_place, options.workspace_bytes
+        )  # fmt: skip
+        loss_N = torch.zeros(num_rows, dtype=work.wide, device=hidden_NH.device)
+        grad_hidden = torch.empty_like(hidden_NH) if needs_hidden else None
         grad_weight = None
         if needs_weight:
             # One block is summed inside one matrix product; several are summed here, which needs fp32.
-            grad_weight = torch.zeros_like(weight_VH, dtype=wide if len(blocks) > 1 else weight_VH.dtype)
-        for block in blocks:
-            border = min(max(first_kl_row, block.start), block.stop)
-            gradient_BV = hidden_NH.new_empty(block.stop - block.start, weight_VH.shape[0])
-            for rows in head.chunks(block.start, border) + head.chunks(border, block.stop):
-                is_kl = rows.start >= first_kl_row
-                logits_CV = head.logits(hidden_NH[rows], weight_VH, exact=is_kl)
+            grad_weight = torch.empty_like(weight_VH, dtype=work.wide if len(work.blocks) > 1 else weight_VH.dtype)
+            if not work.blocks:
+                grad_weight.zero_()
+        for block in work.blocks:
+            gradient_BV = work.gradient(block.stop - block.start)
+            for rows, is_kl in work.parts(block):
+                outputs_CV, reference_CV = work.outputs(rows, block), None
+                _head_outputs(hidden_NH[rows], weight_VH, outputs_CV, exact=is_kl)
                 if is_kl:
-                    there = slice(rows.start - first_kl_row, rows.stop - first_kl_row)
-                    reference_CV = head.logits(reference_NH[there], reference_VH, exact=True)
-                    loss_N[rows], gradient_CV = _kl_chunk(logits_CV, reference_CV)
-                else:
-                    loss_N[rows], gradient_CV = _cross_entropy_chunk(logits_CV, targets_N[rows])
-                gradient_CV = head.undo(gradient_CV, logits_CV).mul_(coefficients_N[rows, None])
-                gradient_BV[rows.start - block.start : rows.stop - block.start] = gradient_CV
+                    reference_CV = work.reference(rows.stop - rows.start)
+                    there = slice(rows.start - first_kl, rows.stop - first_kl)
+                    _head_outputs(reference_NH[there], reference_VH, reference_CV, exact=True)
+                loss_N[rows] = rows_of.losses(
+                    outputs_CV, targets_N[rows], coefficients_N[rows],
+                    gradient_BV[rows.start - block.start : rows.stop - block.start], reference_KV=reference_CV,
+                    smoothing_C=None if smoothing_N is None or is_kl else smoothing_N[rows], **options.logits._asdict(),
+                )  # fmt: skip
+            rows = slice(block.start, block.stop)
             if needs_hidden:
-                torch.mm(gradient_BV, weight_VH, out=grad_hidden[block])
-            if needs_weight and len(blocks) == 1:
-                grad_weight = torch.mm(gradient_BV.t(), hidden_NH)
-            elif needs_weight:
-                grad_weight += torch.mm(gradient_BV.t(), hidden_NH[block])
+                torch.mm(gradient_BV, weight_VH, out=grad_hidden[rows])
+            if needs_weight:
+                _add_product(grad_weight, gradient_BV, hidden_NH[rows], first=block.start == 0)
         # 0 * inf is NaN: rows that a bound has switched off may hold any loss without poisoning the sum.
         active_N = coefficients_N != 0
         loss = torch.where(active_N, loss_N * coefficients_N, 0.0).sum()
-        poison = torch.where(torch.isfinite(loss), 1.0, float("nan")).to(wide)
+        poison = torch.where(torch.isfinite(loss), 1.0, float("nan")).to(work.wide)
         ctx.save_for_backward(
             grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight_VH.dtype), poison
         )
+        ctx.scale_ = rows_of.scale_
         ctx.mark_non_differentiable(loss_N)
         return loss, loss_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_loss, _grad_rows):
+    def backward(ctx: Any, grad_loss, _grad_rows):
         grad_hidden, grad_weight, poison = ctx.saved_tensors
         scale = grad_loss * poison
-        scaled = [None if g is None else g * scale.to(g.dtype) for g in (grad_hidden, grad_weight)]
-        return scaled[0], scaled[1], None, None, None, None, None
+        scaled = [None if g is None else ctx.scale_(g, scale) for g in (grad_hidden, grad_weight)]
+        return (*scaled, None, None, None, None, None, None)
+
+
+def _add_product(total_VH: torch.Tensor, gradient_BV: torch.Tensor, hidden_BH: torch.Tensor, first: bool) -> None:
+    """Add gradient^T hidden to the weight's gradient, rounded to its type once."""
+    transposed = gradient_BV.t()
+    if total_VH.dtype == hidden_BH.dtype:
+        torch.addmm(total_VH, transposed, hidden_BH, beta=0 if first else 1, out=total_VH)
+    elif hidden_BH.device.type == "cuda":
+        torch.addmm(
+            total_VH, transposed, hidden_BH, out_dtype=total_VH.dtype, beta=0 if first else 1, out=total_VH
+        )  # fmt: skip
+    elif first:
+        total_VH.copy_(torch.mm(transposed, hidden_BH))
+    else:
+        total_VH += torch.mm(transposed, hidden_BH)

@@ -51,6 +51,12 @@ REFERENCES: Mapping[str, str] = {
     "cached": "unlearn_ds.build:cached_reference",
 }
 
+KERNELS: Mapping[str, str] = {
+    "triton": "unlearn_ds.kernels.rows_triton:TritonRows",
+    "torch": "unlearn_ds.kernels.rows_torch:TorchRows",
+}
+"""What happens to rows of logits."""
+
 STOP_RULES: Mapping[str, str] = {
     "forget_loss": "unlearn_ds.stopping:ForgetLoss",
     "kl": "unlearn_ds.stopping:Kl",

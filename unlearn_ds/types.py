@@ -1,7 +1,8 @@
 """The values that travel between rooms, and the legend of shape suffixes.
 
-Shape legend: T tokens of a packed stream, S sequences in it, N response tokens (rows of the loss), V vocabulary,
-H hidden size, B sequences of a padded batch, L its length. ``hidden_NH`` is a [N, H] tensor; reductions drop letters.
+Shape legend: T tokens of a packed stream, S sequences in it, U tokens of those when each has a prompt of its own,
+N response tokens (rows of the loss), V vocabulary, H hidden size, B sequences of a padded batch, L its length.
+``hidden_NH`` is a [N, H] tensor; reductions drop letters.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ class Term(NamedTuple):
 
     rows: "forget" | "mismatch" | "retain". loss: "ce" (cross-entropy) | "kl" (forward KL from the reference).
     weight: signed; a negative weight is ascent. bound: a sequence whose mean loss is above it is not pushed further.
+    smoothing: label smoothing of a cross-entropy.
     """
 
     name: str
@@ -64,11 +66,26 @@ class Term(NamedTuple):
     loss: str
     weight: float
     bound: float = float("inf")
+    smoothing: float = 0.0
+
+
+class SharedPrompts(NamedTuple):
+    """Between a stream in which prompts are shared and its sequences with prompts of their own.
+
+    stream_U: place in the stream of each token of each sequence. home_T: for each token of the stream one place in U.
+    """
+
+    stream_U: torch.Tensor
+    home_T: torch.Tensor
 
 
 @dataclass
 class PackedBatch:
     """Sequences laid end to end in one stream without padding; attention never crosses a sequence.
+
+    Sequences with one prompt may share its tokens: then each of their answers follows a single copy, attends to that
+    prompt and itself, and has the positions it would have alone. U counts tokens of sequences with their own prompts,
+    as attention sees them; without sharing U is T.
 
     Rows of the loss are sorted: all cross-entropy rows first, then all KL rows, so that KL rows are a suffix.
     """
@@ -76,7 +93,7 @@ class PackedBatch:
     input_ids_T: torch.Tensor
     position_ids_T: torch.Tensor
     cu_seqlens: torch.Tensor
-    """int32 [S + 1], where each sequence starts and the last one ends."""
+    """int32 [S + 1], where each sequence starts and the last one ends, counted in U."""
     max_seqlen: int
     loss_index_N: torch.Tensor
     """Stream positions whose hidden state predicts a response token."""
@@ -95,6 +112,12 @@ class PackedBatch:
     """Content keys of the sequences with KL rows, in stream order (the cached reference looks them up)."""
     term_of_sequence: list[int] = field(default_factory=list)
     """Index of the objective's term that each sequence belongs to."""
+    shared: SharedPrompts | None = None
+    """Where sequences share prompts; None when none does."""
+    bounded_index: torch.Tensor | None = None
+    """Rows whose sequence has a bound; None when none has."""
+    smoothing_N: torch.Tensor | None = None
+    """fp32: label smoothing of each row; None when there is none."""
 
     @property
     def num_tokens(self) -> int:
@@ -107,6 +130,8 @@ class PackedBatch:
     def to(self, device: torch.device) -> PackedBatch:
         """Return the batch with every tensor on ``device``."""
         moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        if self.shared is not None:
+            moved["shared"] = SharedPrompts(*(x.to(device, non_blocking=True) for x in self.shared))
         return PackedBatch(**{**vars(self), **moved})
 
 

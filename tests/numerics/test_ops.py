@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from loss_cases import HIDDEN, Result, assert_close, loss_batch, make_case, ours, truth
+from loss_cases import HIDDEN, Result, assert_close, loss_batch, loss_options, make_case, ours, truth
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unlearn_ds import ops
 
+pytestmark = pytest.mark.usefixtures("kernel")
 ROWS = {"ce": (13, 0), "kl": (0, 9), "mixed": (13, 9), "one_ce": (1, 0), "one_kl": (0, 1)}
 
 
@@ -25,6 +26,49 @@ def test_loss_and_gradients_equal_float64(rows, vocab):
 def test_softcap_and_logit_scale_equal_float64(rows, options):
     case = make_case(*rows, 123)
     assert_close(ours(case, **options), truth(case, **options))
+
+
+def test_a_vocabulary_of_several_blocks_equals_float64():
+    case = make_case(3, 3, 20011, seed=1)  # a Triton program takes 8192 columns at a time
+    assert_close(ours(case), truth(case))
+
+
+@pytest.mark.parametrize("scale", [100.0, 3000.0])
+def test_confident_and_huge_logits_equal_float64(scale):
+    case = make_case(12, 8, 131)
+    case.hidden_NH[:6] = case.weight_VH[case.batch.targets_N[:6]]  # the target's own row of the head
+    case = case._replace(hidden_NH=case.hidden_NH * scale)
+    case.reference.hidden_NH.mul_(scale)
+    result, expected = ours(case), truth(case)
+    assert all(torch.isfinite(x).all() for x in result)
+    # Logits of 1e4 are themselves off by 1e-3 in fp32, and so are the probabilities of two that compete.
+    assert_close(result, expected, tolerance=1e-6 * scale)
+
+
+@pytest.mark.parametrize("rows", [(13, 0), (13, 9)], ids=["ce", "mixed"])
+@pytest.mark.parametrize("workspace_bytes", [512 * 2**20, 1], ids=["one_block", "many_blocks"])
+def test_label_smoothing_of_some_rows_equals_float64(rows, workspace_bytes):
+    case = make_case(*rows, 123)
+    case.batch.smoothing_N = torch.zeros(sum(rows)).index_fill_(0, torch.arange(4, 11), 0.2)
+    result = ours(case, workspace_bytes=workspace_bytes)
+    assert_close(result, truth(case))
+    logits = (case.hidden_NH @ case.weight_VH.t())[4:11]
+    theirs = F.cross_entropy(logits, case.batch.targets_N[4:11], reduction="none", label_smoothing=0.2)
+    torch.testing.assert_close(result.loss_N[4:11], theirs)
+
+
+def test_label_smoothing_leaves_out_a_padded_vocabulary():
+    case = make_case(4, 0, 131)
+    case.hidden_NH[:, -1] = 1.0
+    case.weight_VH[123:] = 0.0
+    case.weight_VH[123:, -1] = float("-inf")
+    case.batch.targets_N.remainder_(123)
+    case.batch.smoothing_N = torch.full((4,), 0.2)
+    bare = case._replace(weight_VH=case.weight_VH[:123].clone())
+    padded, expected = ours(case, train_hidden=False), ours(bare, train_hidden=False)
+    torch.testing.assert_close(padded.loss_N, expected.loss_N)
+    torch.testing.assert_close(padded.grad_weight[:123], expected.grad_weight)
+    assert not padded.grad_weight[123:].any()
 
 
 def test_coefficients_of_both_signs_and_zero_are_applied_as_written():
@@ -74,22 +118,22 @@ def test_chunking_changes_nothing(rows, workspace_bytes):
 class Largest(TorchDispatchMode):
     """Notes the size of the largest tensor that any operation makes."""
 
-    numel = 0
+    num_bytes = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         made = [x for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor)]
-        self.numel = max([self.numel, *(x.numel() for x in made)])
+        self.num_bytes = max([self.num_bytes, *(x.nbytes for x in made)])
         return out
 
 
 @pytest.mark.parametrize("rows", [(400, 0), (0, 400), (200, 200)], ids=["ce", "kl", "mixed"])
 def test_logits_of_all_rows_never_exist(rows):
     """Defect D24: the published code holds several copies of [all positions, vocabulary]."""
-    case = make_case(*rows, vocab=4099)
+    case = make_case(*rows, vocab=4096)
     with Largest() as largest:
-        ours(case, workspace_bytes=50 * 4099 * 4)
-    assert largest.numel <= max(50 * 4099, 4099 * HIDDEN)
+        ours(case, workspace_bytes=50 * 4096 * 4)
+    assert largest.num_bytes <= 4 * max(50 * 4096, 4096 * HIDDEN)
 
 
 def test_chunking_with_softcap_equals_float64():
@@ -113,20 +157,8 @@ def test_frozen_hidden_gets_no_gradient_and_leaves_the_other_alone():
 
 def test_row_losses_carry_no_gradient():
     case = make_case(4, 0, 123)
-    output = ops.masked_loss(case.hidden_NH.requires_grad_(), case.weight_VH, case.batch, None)
+    output = ops.masked_loss(case.hidden_NH.requires_grad_(), case.weight_VH, case.batch, None, loss_options())
     assert output.loss.requires_grad and not output.loss_N.requires_grad
-
-
-@pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "logit_scale": 0.7}], ids=["plain", "capped"])
-@pytest.mark.parametrize("rows", [(5, 0), (0, 4), (5, 4)], ids=["ce", "kl", "mixed"])
-def test_gradcheck_in_float64(rows, options):
-    case = make_case(*rows, 11, dtype=torch.float64)
-    arguments = [case.hidden_NH.requires_grad_(), case.weight_VH.requires_grad_()]
-
-    def loss(hidden, weight):
-        return ops.masked_loss(hidden, weight, case.batch, case.reference, **options).loss
-
-    assert torch.autograd.gradcheck(loss, arguments)
 
 
 def test_a_reference_without_kl_rows_is_refused_and_the_other_way_round():
@@ -176,33 +208,12 @@ def test_bf16_error_is_at_most_twice_that_of_torch(rows, workspace_bytes):
         assert error <= 2 * allowed + 1e-3 * e.abs().max(), f"{name}: {error} against {allowed} of torch"
 
 
-# Scoring, and what backward refuses
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("workspace_bytes", [512 * 2**20, 1])
-def test_token_nll_equals_cross_entropy_of_torch(dtype, workspace_bytes):
-    case = make_case(29, 0, 4099, dtype=dtype)
-    nll = ops.token_nll(case.hidden_NH, case.weight_VH, case.batch.targets_N, workspace_bytes=workspace_bytes)
-    logits = (case.hidden_NH @ case.weight_VH.t()).float()
-    assert nll.dtype == torch.float32 and not nll.requires_grad
-    torch.testing.assert_close(nll, F.cross_entropy(logits, case.batch.targets_N, reduction="none"), rtol=2e-6, atol=0)
-
-
-def test_token_nll_of_no_rows_is_empty():
-    weight = torch.randn(17, HIDDEN)
-    assert ops.token_nll(torch.empty(0, HIDDEN), weight, torch.empty(0, dtype=torch.long)).shape == (0,)
-
-
-def test_token_nll_equals_the_row_losses_of_training():
-    case = make_case(9, 0, 123)
-    nll = ops.token_nll(case.hidden_NH, case.weight_VH, case.batch.targets_N, softcap=3.0, logit_scale=0.5)
-    torch.testing.assert_close(nll, ours(case, softcap=3.0, logit_scale=0.5).loss_N)
+# What backward refuses
 
 
 def test_a_second_backward_raises():
     case = make_case(4, 0, 123)
-    loss = ops.masked_loss(case.hidden_NH.requires_grad_(), case.weight_VH, case.batch, None).loss
+    loss = ops.masked_loss(case.hidden_NH.requires_grad_(), case.weight_VH, case.batch, None, loss_options()).loss
     loss.backward()
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
@@ -211,7 +222,7 @@ def test_a_second_backward_raises():
 def test_a_gradient_of_the_gradient_raises():
     case = make_case(4, 0, 123)
     hidden, outer = case.hidden_NH.requires_grad_(), torch.ones((), requires_grad=True)
-    loss = ops.masked_loss(hidden, case.weight_VH, case.batch, None).loss * outer
+    loss = ops.masked_loss(hidden, case.weight_VH, case.batch, None, loss_options()).loss * outer
     (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()

@@ -11,6 +11,7 @@ from unlearn_ds.data.loader import Layout, Loader, TrainingRows
 from unlearn_ds.data.packing import pack_scored
 from unlearn_ds.model import PackedCausalLM, load_causal_lm
 from unlearn_ds.objectives import ga_mismatch
+from unlearn_ds.ops import LossOptions
 from unlearn_ds.reference import LiveReference
 from unlearn_ds.types import EncodedRow
 
@@ -108,7 +109,9 @@ def test_packed_loss_and_gradients_equal_three_padded_forwards(tiny_model_dir, r
     expected.backward()
     assert kl > 1e-3
 
-    policy = PackedCausalLM(load_causal_lm(str(tiny_model_dir), torch.float32), "sdpa", workspace_bytes)
+    policy = PackedCausalLM(
+        load_causal_lm(str(tiny_model_dir), torch.float32), "sdpa", LossOptions(workspace_bytes=workspace_bytes)
+    )
     packed_reference = PackedCausalLM(load_reference(tiny_model_dir), "sdpa")
     live = LiveReference(
         lambda part: packed_reference(part, hidden_only=True), reference.get_output_embeddings().weight
@@ -152,7 +155,7 @@ def test_without_gradients_the_wrapper_returns_the_nll_of_each_response_token(ti
     with torch.no_grad():
         logp, targets, is_response = padded(model, rows)
         nll_BL = -logp.gather(2, targets[..., None]).squeeze(2)
-        nll = PackedCausalLM(model, "sdpa")(pack_scored(rows))
+        nll = -PackedCausalLM(model, "sdpa")(pack_scored(rows))[0]
     torch.testing.assert_close(nll, nll_BL[is_response], rtol=1e-5, atol=1e-5)
 
 
@@ -162,7 +165,7 @@ def test_one_packed_row_of_another_content_leaves_the_other_losses_unchanged(tin
     changed = [*rows]
     changed[1] = EncodedRow(tuple(9 for _ in rows[1].prompt_ids), tuple(11 for _ in rows[1].answer_ids))
     with torch.no_grad():
-        before, after = (model(pack_scored(r)).split([len(x.answer_ids) for x in r]) for r in (rows, changed))
+        before, after = (model(pack_scored(r))[0].split([len(x.answer_ids) for x in r]) for r in (rows, changed))
     assert all(torch.equal(b, a) for i, (b, a) in enumerate(zip(before, after, strict=True)) if i != 1)
     assert not torch.equal(before[1], after[1])
 

@@ -127,7 +127,7 @@ BAD = [
     ({"optim.gradient_accumulation_steps": 0}, "--gradient_accumulation_steps must be above 0"),
     ({"optim.max_skipped": 0}, "--optim.max_skipped must be above 0"),
     ({"data.max_length": 0}, "--data.max_length must be above 0"),
-    ({"engine.loss_workspace_mib": 0}, "--engine.loss_workspace_mib must be above 0"),
+    ({"engine.loss_workspace_mib": -1}, "--engine.loss_workspace_mib must not be negative"),
     ({"engine.timeout_minutes": 0}, "--engine.timeout_minutes must be above 0"),
     ({"eval.batch_size": 0}, "--eval.batch_size must be above 0"),
     ({"eval.max_new_tokens": 0}, "--eval.max_new_tokens must be above 0"),

@@ -48,6 +48,7 @@ class Loader:
     Args:
         rows: encoded training rows. terms: the objective. layout: ranks and sizes. seed: of order and mismatch draws.
         num_mismatch: K answers for each forget prompt. reduction: "sequence" or "token". max_length: tokens of a row.
+        share_prompts: whether the answers to a prompt follow one copy of it.
     """
 
     def __init__(
@@ -60,9 +61,11 @@ class Loader:
         num_mismatch: int = 1,
         reduction: str = "sequence",
         max_length: int = 512,
+        share_prompts: bool = False,
     ):
         self.rows, self.terms, self.layout, self.seed = rows, tuple(terms), layout, seed
         self.num_mismatch, self.reduction, self.max_length = num_mismatch, reduction, max_length
+        self.share_prompts = share_prompts
         self._index = {term.rows: index for index, term in enumerate(self.terms)}
         needed = {
             *self._index,
@@ -83,7 +86,7 @@ class Loader:
             for term, row in (item for unit in units[part] for item in unit):
                 divisor = divisors[term] * (len(row.answer_ids) if self.reduction == "sequence" else 1)
                 placed.append(Placed(row, term, weights[term] / divisor))
-            batches.append(pack(placed, self.terms))
+            batches.append(pack(placed, self.terms, self.share_prompts))
         return batches
 
     def normalizers(self, parts: list[list[list[tuple[int, EncodedRow]]]]) -> list[float]:

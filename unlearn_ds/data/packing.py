@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from unlearn_ds.types import EncodedRow, PackedBatch, Term
+from unlearn_ds.types import EncodedRow, PackedBatch, SharedPrompts, Term
 
 
 class Placed(NamedTuple):
@@ -19,43 +20,81 @@ class Placed(NamedTuple):
     coefficient: float
 
 
-def pack(placed: Sequence[Placed], terms: Sequence[Term]) -> PackedBatch:
+def pack(placed: Sequence[Placed], terms: Sequence[Term], share_prompts: bool = False) -> PackedBatch:
     """Pack rows into one stream, rows of KL terms last.
 
-    A response token at stream position t is predicted by the hidden state at t - 1; prompts have at least one token,
-    so no sequence is predicted by its neighbour.
+    share_prompts: cross-entropy rows that follow each other with the same prompt follow one copy of it.
+
+    A response token is predicted by the hidden state of the token before it; prompts have at least one token, so no
+    sequence is predicted by its neighbour. The first tokens of answers to a shared prompt are predicted by one state.
     """
     placed = sorted(placed, key=lambda item: terms[item.term].loss == "kl")
     if any(not item.row.prompt_ids or not item.row.answer_ids for item in placed):
         raise ValueError("a packed row needs at least one prompt token and one answer token")
-    lengths = [len(item.row) for item in placed]
-    ends = list(itertools.accumulate(lengths))
-    starts = [0, *ends][: len(placed)]
+    stream, shared = _lay(placed, terms, share_prompts)
     counts = [len(item.row.answer_ids) for item in placed]
-    first_answer = [start + len(item.row.prompt_ids) for start, item in zip(starts, placed, strict=True)]
+    ends = list(itertools.accumulate(len(item.row) for item in placed))
     kl = [item for item in placed if terms[item.term].loss == "kl"]
+    bounds = [terms[item.term].bound for item in placed]
+    bounded = [math.isfinite(bound) for bound, count in zip(bounds, counts, strict=True) for _ in range(count)]
+    smoothing = [terms[item.term].smoothing for item, count in zip(placed, counts, strict=True) for _ in range(count)]
     long, real = {"dtype": torch.long}, {"dtype": torch.float32}
     return PackedBatch(
-        input_ids_T=torch.tensor(
-            [token for item in placed for token in (*item.row.prompt_ids, *item.row.answer_ids)], **long
-        ),
-        position_ids_T=torch.tensor([position for length in lengths for position in range(length)], **long),
+        input_ids_T=torch.tensor(stream.input_ids, **long),
+        position_ids_T=torch.tensor(stream.position_ids, **long),
         cu_seqlens=torch.tensor([0, *ends], dtype=torch.int32),
-        max_seqlen=max(lengths, default=0),
-        loss_index_N=torch.tensor(
-            [first - 1 + j for first, count in zip(first_answer, counts, strict=True) for j in range(count)], **long
-        ),
+        max_seqlen=max((len(item.row) for item in placed), default=0),
+        loss_index_N=torch.tensor(stream.loss_index, **long),
         targets_N=torch.tensor([token for item in placed for token in item.row.answer_ids], **long),
         coefficients_N=torch.tensor(
             [item.coefficient for item, count in zip(placed, counts, strict=True) for _ in range(count)], **real
         ),
         sequence_N=torch.tensor([s for s, count in enumerate(counts) for _ in range(count)], **long),
-        bounds_S=torch.tensor([terms[item.term].bound for item in placed], **real),
+        bounds_S=torch.tensor(bounds, **real),
         sequence_lengths_S=torch.tensor(counts, **real),
         num_kl_rows=sum(len(item.row.answer_ids) for item in kl),
         kl_keys=[item.row.key for item in kl],
         term_of_sequence=[item.term for item in placed],
+        shared=shared,
+        bounded_index=torch.tensor(bounded).nonzero().squeeze(1) if any(bounded) else None,
+        smoothing_N=torch.tensor(smoothing, **real) if any(smoothing) else None,
     )
+
+
+class _Stream(NamedTuple):
+    """Tokens in the order of the stream, their positions, and the places that predict response tokens."""
+
+    input_ids: list[int]
+    position_ids: list[int]
+    loss_index: list[int]
+
+
+def _lay(placed: Sequence[Placed], terms: Sequence[Term], share_prompts: bool) -> tuple[_Stream, SharedPrompts | None]:
+    stream = _Stream([], [], [])
+    places: list[int] = []  # of each token of each sequence
+    begin, before = 0, None
+    for item in placed:
+        prompt, answer = item.row.prompt_ids, item.row.answer_ids
+        key = (prompt, terms[item.term].loss)
+        # KL rows have prompts of their own, so that the reference can run on their part of the stream alone.
+        if not (share_prompts and key == before and key[1] == "ce"):
+            begin = len(stream.input_ids)
+            stream.input_ids.extend(prompt)
+            stream.position_ids.extend(range(len(prompt)))
+        before = key
+        first = len(stream.input_ids)
+        stream.input_ids.extend(answer)
+        stream.position_ids.extend(range(len(prompt), len(item.row)))
+        predicting = [begin + len(prompt) - 1, *range(first, first + len(answer) - 1)]
+        stream.loss_index.extend(predicting)
+        places += [*range(begin, begin + len(prompt)), *range(first, first + len(answer))]
+    if len(places) == len(stream.input_ids):
+        return stream, None
+    stream_U = torch.tensor(places)
+    home_T = torch.empty(len(stream.input_ids), dtype=torch.long)
+    # A prompt's tokens stand at several places; the first of them is written last.
+    home_T[stream_U.flip(0)] = torch.arange(len(places)).flip(0)
+    return stream, SharedPrompts(stream_U, home_T)
 
 
 def pack_scored(rows: Sequence[EncodedRow]) -> PackedBatch:
@@ -66,9 +105,10 @@ def pack_scored(rows: Sequence[EncodedRow]) -> PackedBatch:
 def kl_part(batch: PackedBatch) -> PackedBatch:
     """The sequences with KL rows alone, as the reference model needs them."""
     first = batch.cu_seqlens.numel() - 1 - len(batch.kl_keys)
-    start = int(batch.cu_seqlens[first])
+    # They end the stream, and each has a prompt of its own.
+    start = batch.num_tokens - int(batch.cu_seqlens[-1] - batch.cu_seqlens[first])
     rows = slice(batch.num_response_tokens - batch.num_kl_rows, None)
-    cu_seqlens = batch.cu_seqlens[first:] - start
+    cu_seqlens = batch.cu_seqlens[first:] - batch.cu_seqlens[first]
     return PackedBatch(
         input_ids_T=batch.input_ids_T[start:],
         position_ids_T=batch.position_ids_T[start:],

@@ -22,3 +22,8 @@ def active(terms: Iterable[Term]) -> list[Term]:
 def ascent(weights: ObjectiveConfig) -> Term:
     """Gradient ascent on the forget answers: a negative weight on their cross-entropy, bounded for each sequence."""
     return Term("forget", "forget", "ce", -weights.eps_forget, weights.forget_bound or float("inf"))
+
+
+def mismatch(weights: ObjectiveConfig) -> Term:
+    """Unrelated answers to the forget prompts, their labels smoothed where that is asked for."""
+    return Term("mismatch", "mismatch", "ce", weights.eps_mismatch, smoothing=weights.mismatch_smoothing)

@@ -5,7 +5,7 @@ L = eps_forget * (-CE(forget answer | prompt)) + eps_mismatch * mean_k CE(unrela
 """
 
 from unlearn_ds.config import ObjectiveConfig
-from unlearn_ds.objectives import active, ascent
+from unlearn_ds.objectives import active, ascent, mismatch
 from unlearn_ds.types import Term
 
 
@@ -14,7 +14,7 @@ def terms(weights: ObjectiveConfig) -> list[Term]:
     return active(
         [
             ascent(weights),
-            Term("mismatch", "mismatch", "ce", weights.eps_mismatch),
+            mismatch(weights),
             Term("retain", "retain", "kl", weights.eps_retain),
         ]
     )

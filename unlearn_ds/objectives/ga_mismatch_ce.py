@@ -7,7 +7,7 @@ Their ablation: it needs no reference, and does not keep general ability as the 
 """
 
 from unlearn_ds.config import ObjectiveConfig
-from unlearn_ds.objectives import active, ascent
+from unlearn_ds.objectives import active, ascent, mismatch
 from unlearn_ds.types import Term
 
 
@@ -16,7 +16,7 @@ def terms(weights: ObjectiveConfig) -> list[Term]:
     return active(
         [
             ascent(weights),
-            Term("mismatch", "mismatch", "ce", weights.eps_mismatch),
+            mismatch(weights),
             Term("retain", "retain", "ce", weights.eps_retain),
         ]
     )

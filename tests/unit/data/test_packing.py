@@ -130,3 +130,59 @@ def test_moving_a_batch_keeps_every_field(batch):
     for field in dataclasses.fields(PackedBatch):
         a, e = getattr(moved, field.name), getattr(batch, field.name)
         assert torch.equal(a, e) if isinstance(e, torch.Tensor) else a == e, field.name
+
+
+# Shared prompts
+
+UNIT = [
+    Placed(row(100, 4, 3), FORGET, -0.5),
+    Placed(EncodedRow(row(100, 4, 3).prompt_ids, (600, 601)), MISMATCH, 1.0),
+    Placed(EncodedRow(row(100, 4, 3).prompt_ids, (700,)), MISMATCH, 1.0),
+]
+MIXED = [*UNIT, PLACED[2], PLACED[1], PLACED[3]]
+
+
+def test_answers_to_one_prompt_follow_one_copy_of_it():
+    batch = pack(MIXED, TERMS, share_prompts=True)
+    assert batch.input_ids_T[:10].tolist() == [100, 101, 102, 103, 104, 105, 106, 600, 601, 700]
+    assert batch.position_ids_T[:10].tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5, 4]
+    assert batch.loss_index_N[:6].tolist() == [3, 4, 5, 3, 7, 3]
+
+
+def test_attention_finds_every_sequence_with_a_prompt_of_its_own():
+    batch, apart = pack(MIXED, TERMS, share_prompts=True), pack(MIXED, TERMS)
+    assert torch.equal(batch.input_ids_T[batch.shared.stream_U], apart.input_ids_T)
+    assert torch.equal(batch.position_ids_T[batch.shared.stream_U], apart.position_ids_T)
+    assert torch.equal(batch.cu_seqlens, apart.cu_seqlens) and batch.max_seqlen == apart.max_seqlen
+    assert torch.equal(apart.input_ids_T[batch.shared.home_T], batch.input_ids_T)
+    assert torch.equal(batch.shared.stream_U[batch.shared.home_T], torch.arange(batch.num_tokens))
+
+
+def test_sharing_leaves_the_rows_of_the_loss_as_they_are():
+    batch, apart = pack(MIXED, TERMS, share_prompts=True), pack(MIXED, TERMS)
+    for name in ("targets_N", "coefficients_N", "sequence_N", "bounds_S", "sequence_lengths_S", "bounded_index"):
+        assert torch.equal(getattr(batch, name), getattr(apart, name)), name
+    assert torch.equal(batch.shared.home_T[batch.loss_index_N[6:]], apart.loss_index_N[6:])
+
+
+def test_the_reference_gets_its_rows_whatever_is_shared_before_them():
+    shared, apart = kl_part(pack(MIXED, TERMS, share_prompts=True)), kl_part(pack(MIXED, TERMS))
+    assert shared.shared is None
+    for field in dataclasses.fields(PackedBatch):
+        one, two = getattr(shared, field.name), getattr(apart, field.name)
+        assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two, field.name
+
+
+def test_kl_rows_with_equal_prompts_keep_their_own():
+    placed = [Placed(PLACED[1].row, RETAIN, 1.0), Placed(PLACED[1].row, RETAIN, 1.0)]
+    assert pack(placed, TERMS, share_prompts=True).shared is None
+
+
+def test_nothing_is_shared_unless_asked_for():
+    assert pack(UNIT, TERMS).shared is None
+
+
+def test_label_smoothing_goes_to_the_rows_of_its_term():
+    terms = [TERMS[0], TERMS[1]._replace(smoothing=0.25), TERMS[2]]
+    assert pack(UNIT, terms).smoothing_N.tolist() == [0, 0, 0, 0.25, 0.25, 0.25]
+    assert pack(UNIT, TERMS).smoothing_N is None
