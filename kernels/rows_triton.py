@@ -3,8 +3,8 @@
 A program holds a row. ``losses`` reads it twice: the first sweep gives the log-sum-exps of policy and reference, the
 second loss and gradient, so that a KL is summed in the form that is exact near zero at no extra traffic (its
 mathematics: ``rows_torch.forward_kl``). The gradient is written over the row that is being read, in the type of the
-hidden states: fp32 logits, bf16 gradient, one buffer. Values are widened as they are loaded: bf16 arithmetic is wrong in
-Triton's interpreter.
+hidden states: fp32 logits, bf16 gradient, one buffer. Values are widened as they are loaded: Triton's
+interpreter gets bf16 arithmetic wrong.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from unlearn_ds.registry import SCENARIOS, check_name, did_you_mean
 FLAT = {
     "model": "model.path", "attention": "model.attention",
     "activation_checkpointing": "model.activation_checkpointing",
+    "share_prompts": "model.share_prompts",
     "data": "data.source", "forget_data": "data.forget_data", "retain_data": "data.retain_data",
     "mismatch_data": "data.mismatch_data", "harmless_data": "data.harmless_data",
     "mismatch_text": "data.mismatch_text",

@@ -42,16 +42,15 @@ def load_model(
     """Load a model, sharded where the configuration says so, and wrap it for packed batches."""
     with engine.sharded_loading(values):
         causal_lm = models.load_causal_lm(path, dtype_of(values), config.model.revision)
-    model = models.PackedCausalLM(causal_lm, attention_name, loss_options(config, device))
+    model = models.PackedCausalLM(causal_lm, attention_name, loss_options(config, values, device))
     return model if ds_json.stage(values) == 3 else model.to(device)
 
 
-def loss_options(config: RunConfig, device: torch.device) -> ops.LossOptions:
+def loss_options(config: RunConfig, values: dict[str, Any], device: torch.device) -> ops.LossOptions:
     """How losses are computed; ``UsageError`` when the kernel asked for cannot work here."""
     kernel, _ = ops.resolve_kernel(config.engine.loss_kernel, device)
-    return ops.LossOptions(
-        workspace_bytes=ops.workspace_bytes(config.engine.loss_workspace_mib, device.type), kernel=kernel
-    )
+    workspace = ops.workspace_bytes(config.engine.loss_workspace_mib, device.type, ds_json.is_bf16(values))
+    return ops.LossOptions(workspace_bytes=workspace, kernel=kernel)
 
 
 def policy(config: RunConfig, path: str, values: dict[str, Any], device: torch.device) -> engine.Policy:

@@ -45,7 +45,9 @@ def memory(config: RunConfig, values: dict, size: cost.ModelSize, num_adapter: i
         bytes_per_weight=2 if ds_json.is_bf16(values) else 4,
         reference=config.engine.reference if any(term.loss == "kl" for term in terms) else None,
         num_tokens=rows * config.data.max_length, checkpointing=config.model.activation_checkpointing,
-        workspace_bytes=ops.workspace_bytes(config.engine.loss_workspace_mib, dist.device_type()),
+        workspace_bytes=ops.workspace_bytes(
+            config.engine.loss_workspace_mib, dist.device_type(), ds_json.is_bf16(values)
+        ),
         offload_param=offloads(values, "offload_param"), offload_optimizer=offloads(values, "offload_optimizer"),
         num_adapter=num_adapter,
     )  # fmt: skip

@@ -66,10 +66,10 @@ def resolve_kernel(name: str, device: torch.device) -> tuple[str, str]:
     return ("torch", f"not triton: {missing}") if missing else ("triton", "the fastest")
 
 
-def workspace_bytes(mib: int, device_type: str) -> int:
-    """Bytes of logits at a time; with 0 enough for the rows of a micro-batch on a GPU, and on a CPU, where more is no
-    faster, little."""
-    return 2**20 * (mib or (128 if device_type == "cpu" else 1536))
+def workspace_bytes(mib: int, device_type: str, is_bf16: bool) -> int:
+    """Bytes of logits at a time; with 0 enough for the rows of a micro-batch in one block, so that the head's gradient
+    is one product. A CPU in fp32 adds products up as they are and takes small blocks: less memory, no slower."""
+    return 2**20 * (mib or (1536 if device_type != "cpu" else 128 if is_bf16 else 32))
 
 
 def masked_loss(

@@ -1,12 +1,14 @@
 """One optimizer step of this project against the published algorithm done plainly, paired, each in its own process.
 
     python kernels/bench/step.py [--forget 8] [--num_mismatch 5] [--pairs 3] [--plain fp32] [--ours bf16]
+                                 [--against plain|apart] [--scenario NAME --forget_data FILE --retain_data FILE]
                                  [--activation_checkpointing] [--output FILE.csv]
 
 Plain: three right-padded forwards (forget, K mismatch answers, retain) with logits of every position in fp32, a KL as
 the published code writes it, a resident copy as reference, torch's AdamW, in fp32 as published. Ours: the engine, the
-packed batch and the fused loss as a run uses them, ZeRO-3 with the reference offloaded. Same rows, same model, same
-machine. Reported: forget rows a second and peak memory of the process, and their ratios pair by pair.
+packed batch and the fused loss as a run uses them, ZeRO-3 with the reference offloaded. Apart: ours without shared
+prompts. Same rows, same model, same machine; the embedded sample unless files are given. Reported: forget rows a second
+and peak memory of the process, and their ratios pair by pair.
 """
 
 from __future__ import annotations
@@ -26,11 +28,16 @@ import torch
 import torch.nn.functional as F
 
 WARM_UP, COUNTED = 2, 3
+SIDES = ("ours", "plain", "apart")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--which", choices=("ours", "plain"), help="run one side alone and print its result as JSON")
+    parser.add_argument("--which", choices=SIDES, help="run one side alone and print its result as JSON")
+    parser.add_argument("--against", choices=("plain", "apart"), default="plain", help="the other side")
+    parser.add_argument("--scenario", default="hallucination", help="whose data is read and how")
+    parser.add_argument("--forget_data", help="file of rows to forget; default: the embedded sample")
+    parser.add_argument("--retain_data", help="file of rows to retain; default: the embedded sample")
     parser.add_argument("--forget", type=int, default=8, help="forget rows a step; as many retain rows")
     parser.add_argument("--num_mismatch", type=int, default=5, help="mismatch answers for each forget row")
     parser.add_argument("--pairs", type=int, default=3, help="pairs of processes")
@@ -40,7 +47,7 @@ def main() -> None:
     parser.add_argument("--output", help="CSV file for the results")
     options = parser.parse_args()
     if options.which:
-        seconds = (ours if options.which == "ours" else plain)(options)
+        seconds = plain(options) if options.which == "plain" else ours(options, options.which == "ours")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         if torch.cuda.is_available():
             peak = torch.cuda.max_memory_allocated()
@@ -53,16 +60,18 @@ def compare(options: argparse.Namespace) -> None:
     """Run the two sides in turn and print the ratios of each pair."""
     lines = []
     for pair in range(options.pairs):
-        ours_result, plain_result = (side(which, options) for which in ("ours", "plain"))
+        ours_result, plain_result = (side(which, options) for which in ("ours", options.against))
         faster = ours_result["rows_per_second"] / plain_result["rows_per_second"]
         smaller = ours_result["peak_bytes"] / plain_result["peak_bytes"]
         lines.append({"pair": pair, "rows_per_second_ratio": round(faster, 3), "peak_memory_ratio": round(smaller, 3),
                       **{f"ours_{k}": v for k, v in ours_result.items()},
-                      **{f"plain_{k}": v for k, v in plain_result.items()}})  # fmt: skip
+                      **{f"{options.against}_{k}": v for k, v in plain_result.items()}})  # fmt: skip
         gib = [result["peak_bytes"] / 2**30 for result in (ours_result, plain_result)]
         print(
-            f"pair {pair}: {faster:.2f} x rows a second ({ours_result['seconds']:.2f} s a step, plain "
-            f"{plain_result['seconds']:.2f} s), {smaller:.2f} x the peak memory ({gib[0]:.2f} GiB, plain {gib[1]:.2f})"
+            f"pair {pair}: {faster:.2f} x rows a second ({ours_result['seconds']:.2f} s a step, "
+            f"{options.against} {plain_result['seconds']:.2f} s), {smaller:.2f} x the peak memory ({gib[0]:.2f} GiB, "
+            f"{options.against} {gib[1]:.2f})",
+            flush=True,
         )
     rows, memory = (
         statistics.median(line[k] for line in lines) for k in ("rows_per_second_ratio", "peak_memory_ratio")
@@ -71,7 +80,7 @@ def compare(options: argparse.Namespace) -> None:
     print(f"median of {len(lines)} pairs: {rows:.2f} x rows a second, {memory:.2f} x peak memory; torch "
           f"{torch.__version__}, {device}, {options.forget} forget rows, K={options.num_mismatch}, "
           f"ours {options.ours}{' with activation checkpointing' * options.activation_checkpointing}, "
-          f"plain {options.plain}")  # fmt: skip
+          f"against {options.against}{f' {options.plain}' if options.against == 'plain' else ''}")  # fmt: skip
     if options.output:
         with open(options.output, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(lines[0]))
@@ -85,14 +94,16 @@ def side(which: str, options: argparse.Namespace) -> dict[str, float]:
                "--num_mismatch", str(options.num_mismatch), "--plain", options.plain,
                "--ours", options.ours]  # fmt: skip
     command += ["--activation_checkpointing"] * options.activation_checkpointing
+    for name in ("scenario", "forget_data", "retain_data"):
+        command += [f"--{name}", getattr(options, name)] if getattr(options, name) else []
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def sample_rows(options: argparse.Namespace):
-    """(tokenizer, loader) of the embedded sample."""
+def sample_rows(options: argparse.Namespace, share_prompts: bool = False):
+    """Configuration, path of the model, and loader of the rows."""
     from unlearn_ds import arguments, build, embedded, model
     from unlearn_ds.data.encode import Encoder
     from unlearn_ds.registry import SCENARIOS, resolve
@@ -101,7 +112,9 @@ def sample_rows(options: argparse.Namespace):
         "batch_size": options.forget, "retain_batch_size": options.forget, "num_mismatch": options.num_mismatch,
         "forget_bound": 0.0, "max_steps": 100,
         "eps_forget": 0.5, "eps_mismatch": 1.0, "eps_retain": 1.0, "learning_rate": 2e-6, "gradient_clipping": 0.0,
-        "activation_checkpointing": options.activation_checkpointing,
+        "activation_checkpointing": options.activation_checkpointing, "share_prompts": share_prompts,
+        "scenario": options.scenario,
+        **{name: getattr(options, name) for name in ("forget_data", "retain_data") if getattr(options, name)},
     })  # fmt: skip
     path = embedded.locate(config.model.path)
     encoder = Encoder(model.load_tokenizer(path), config.data.template, config.data.system_prompt)
@@ -121,14 +134,14 @@ def timed(step) -> float:
     return statistics.median(seconds[WARM_UP:])
 
 
-def ours(options: argparse.Namespace) -> float:
+def ours(options: argparse.Namespace, share_prompts: bool) -> float:
     from unlearn_ds import log
 
     log.quiet()
     from unlearn_ds import build, ds_json, engine
 
     device = engine.start(engine.EngineConfig())
-    config, path, loader = sample_rows(options)
+    config, path, loader = sample_rows(options, share_prompts)
     values = ds_json.load("zero3" if options.ours == "bf16" else "zero3_fp32")
     policy = build.policy(config, path, values, device)
     reference = build.reference(config, path, values, policy, loader)

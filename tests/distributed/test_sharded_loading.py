@@ -40,7 +40,7 @@ def measure(policy):
     """NLL of each answer token and greedy answers of the weights as they are, in step on all ranks."""
     ids, mask = prompts()
     with policy.evaluation_model("never") as (model, synced), torch.no_grad():
-        nll = model(pack_scored(make_rows()))
+        nll = -model(pack_scored(make_rows()))[0]
         with model.generating() as causal_lm:
             answers = causal_lm.generate(ids, attention_mask=mask, synced_gpus=synced, **GENERATION)
     return {"nll": nll.tolist(), "answers": answers[:, ids.shape[1] :].tolist()}
@@ -58,7 +58,7 @@ def train_and_export(name, folder, device):
     result = policy.step()
     after = measure(policy)
     with policy.evaluation_model("always") as (whole, _), torch.no_grad():
-        copied = whole(pack_scored(make_rows())).tolist()
+        copied = (-whole(pack_scored(make_rows()))[0]).tolist()
     export.whole_model(policy, folder / f"{name}-exported", load_tokenizer(str(folder / "tokenizer")), "# Card\n")
     policy.close()
     return {"parts": parts, "grad_norm": result.grad_norm, "before": before, "after": after, "copied": copied}
