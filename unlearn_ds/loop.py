@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +51,7 @@ class Run:
     """Step, numbers and answers of the newest evaluation."""
 
     def __post_init__(self) -> None:
+        self._pool, self._ahead = ThreadPoolExecutor(1, "batches"), {}
         self.size = models.size(self.policy.model.config)
         self.num_adapter = lora.size(self.policy.model.config, self.config.lora)
         self.peak_flops = cost.peak_flops(engine.device_name())
@@ -132,7 +134,7 @@ class Run:
         """One optimizer step; returns its line of metrics.jsonl and whether a rank was asked to stop."""
         began, device = time.perf_counter(), self.policy.model.device
         counted = torch.zeros(len(self.loader.terms) + 2, dtype=torch.float64)
-        for batch in self.loader.micro_batches(step - 1):
+        for batch in self.batches(step):
             batch = batch.to(device)
             output = self.policy.loss(batch, self.reference.rows(batch) if self.reference else None)
             self.policy.backward(output.loss)
@@ -153,6 +155,21 @@ class Run:
             "mfu": flops / seconds / self.peak_flops if self.peak_flops else None,
             "peak_memory_bytes": engine.peak_memory_bytes(device),
         }, bool(stopping)  # fmt: skip
+
+    def batches(self, step: int) -> list[PackedBatch]:
+        """The micro-batches of a step; those of the next are packed, and what the reference has on disk for them is
+        read, while this one is computed."""
+        ready = self._ahead.pop(step, None)
+        found = ready.result() if ready else self._prepare(step)
+        if step < self.config.optim.max_steps:
+            self._ahead[step + 1] = self._pool.submit(self._prepare, step + 1)
+        return found
+
+    def _prepare(self, step: int) -> list[PackedBatch]:
+        found = self.loader.micro_batches(step - 1)
+        for batch in found if self.reference else ():
+            self.reference.fetch(batch)
+        return found
 
     def save(self, state: dict[str, int]) -> Path | None:
         """Write a checkpoint and return it; None for a run without a folder."""

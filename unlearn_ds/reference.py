@@ -7,13 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from unlearn_ds import dist
 from unlearn_ds.config import UsageError
 from unlearn_ds.data.packing import Placed, kl_part, pack
 from unlearn_ds.types import EncodedRow, PackedBatch, ReferenceRows, Term
+
+NUM_VERIFIED = 4
+"""Cached rows that are computed again whenever a cache is taken up."""
 
 HiddenRows = Callable[[PackedBatch], torch.Tensor]
 """A model as the reference sees it: packed batch -> final hidden states at its response rows, [N, H]."""
@@ -29,6 +32,9 @@ class LiveReference:
     def __init__(self, hidden_rows: HiddenRows, weight_VH: torch.Tensor | None):
         self._hidden_rows, self._weight_VH = hidden_rows, weight_VH
 
+    def fetch(self, batch: PackedBatch) -> None:
+        """Nothing to read ahead."""
+
     def rows(self, batch: PackedBatch) -> ReferenceRows | None:
         """The reference at the KL rows of ``batch``; None when the objective has no KL term."""
         if not batch.kl_keys:
@@ -39,6 +45,9 @@ class LiveReference:
 class AdapterReference:
     """The policy itself with its adapters off (``adapter``): no second model, no second LM head."""
 
+    def fetch(self, batch: PackedBatch) -> None:
+        """Nothing to read ahead."""
+
     def rows(self, batch: PackedBatch) -> PackedBatch | None:
         """The KL rows of ``batch``, packed for the policy to run itself; None when the objective has no KL term."""
         return kl_part(batch) if batch.kl_keys else None
@@ -48,30 +57,47 @@ class CachedReference:
     """The reference's final hidden states at the retain response positions, computed once and kept on disk.
 
     Exact up to the rounding of a differently shaped matrix product, and no second model during training. Entries are
-    keyed by row content; the folder is keyed by the weights that made it.
+    keyed by row content; the folder is keyed by the weights that made it. Files are mapped into memory; what ``fetch``
+    has read ahead waits in pinned memory for a device that copies from there.
     """
 
     def __init__(self, folder: Path, weight_VH: torch.Tensor | None):
-        self._weight_VH = weight_VH
-        self._where: dict[str, Path] = {}
+        self.folder, self._weight_VH = folder, weight_VH
+        self._where = _index(folder)
         self._open: dict[Path, safe_open] = {}
-        for index in sorted(folder.glob("*.json")):
-            self._where.update(dict.fromkeys(json.loads(index.read_text()), index.with_suffix(".safetensors")))
+        self._ahead: dict[tuple[str, ...], torch.Tensor] = {}
+
+    def fetch(self, batch: PackedBatch) -> None:
+        """Read the states of a batch to come; may run beside a step."""
+        if batch.kl_keys:
+            self._ahead[tuple(batch.kl_keys)] = self._states(batch)
 
     def rows(self, batch: PackedBatch) -> ReferenceRows | None:
         """The cached states at the KL rows of ``batch``; ``UsageError`` when a row was never cached."""
         if not batch.kl_keys:
             return None
-        hidden_NH = torch.cat([self._read(key) for key in batch.kl_keys])
+        hidden_NH = self._ahead.pop(tuple(batch.kl_keys), None)
+        hidden_NH = self._states(batch) if hidden_NH is None else hidden_NH
         return ReferenceRows(hidden_NH.to(batch.input_ids_T.device, non_blocking=True), self._weight_VH)
 
-    def _read(self, key: str) -> torch.Tensor:
+    def _states(self, batch: PackedBatch) -> torch.Tensor:
+        hidden_NH = torch.cat([self.read(key) for key in batch.kl_keys])
+        return hidden_NH.pin_memory() if torch.cuda.is_available() else hidden_NH
+
+    def read(self, key: str) -> torch.Tensor:
+        """States of one row, [its response tokens, H], on the host."""
         if key not in self._where:
             raise UsageError(f"the reference cache lacks row {key}; is its folder shared between all nodes?")
         path = self._where[key]
-        if path not in self._open:
-            self._open[path] = safe_open(path, framework="pt")
-        return self._open[path].get_tensor(key)
+        try:
+            if path not in self._open:
+                self._open[path] = safe_open(path, framework="pt")
+            return self._open[path].get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"the reference cache {path} cannot be read ({error}): delete {self.folder}") from error
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._where
 
 
 def build_cache(
@@ -79,25 +105,59 @@ def build_cache(
 ) -> None:
     """Write the hidden states of ``rows``: each rank a strided share, in one file of its own.
 
-    Every rank runs the same number of forwards, so the model may be sharded. Rows that are there already stay.
+    Every rank runs the same number of forwards, so the model may be sharded. Rows that are there already stay, and a
+    few of them are computed again: ``UsageError`` where they are not what this model gives.
     """
-    there = {key for index in folder.glob("*.json") for key in json.loads(index.read_text())}
-    missing = list({row.key: row for row in rows if row.key not in there}.values())
+    there = CachedReference(folder, None)
+    distinct = list({row.key: row for row in rows}.values())
+    known, missing = ([row for row in distinct if (row.key in there) is kept] for kept in (True, False))
     dist.barrier()
+    _verify(there, hidden_rows, known, device)
     if not missing:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    term = Term("retain", "retain", "kl", 1.0)
     world, rank = dist.world_size(), dist.rank()
     tensors: dict[str, torch.Tensor] = {}
     for start in range(0, len(missing), rows_per_batch * world):
         # A rank without rows of its own in the last round repeats the first, so that all take part.
         mine = missing[start + rank : start + rows_per_batch * world : world] or missing[:1]
-        batch = pack([Placed(row, 0, 0.0) for row in mine], [term])
-        hidden_NH = hidden_rows(batch.to(device)).cpu()
-        counts = [len(row.answer_ids) for row in mine]
-        tensors |= {row.key: part.clone() for row, part in zip(mine, hidden_NH.split(counts), strict=True)}
+        tensors |= _computed(hidden_rows, mine, device)
     index = folder / f"{missing[0].key}-{rank:05d}-of-{world:05d}.json"
-    save_file(tensors, index.with_suffix(".safetensors"))
-    index.write_text(json.dumps(sorted(tensors)))
+    try:
+        save_file(tensors, index.with_suffix(".safetensors"))
+        # Written last: states without an index are never looked for, so a killed run leaves nothing half done.
+        index.write_text(json.dumps(sorted(tensors)))
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"the reference cache cannot be written to {folder}: {error}") from error
     dist.barrier()
+
+
+def _index(folder: Path) -> dict[str, Path]:
+    """Row key -> file, of everything that is in a cache."""
+    where: dict[str, Path] = {}
+    for index in sorted(folder.glob("*.json")):
+        where.update(dict.fromkeys(json.loads(index.read_text()), index.with_suffix(".safetensors")))
+    return where
+
+
+def _computed(hidden_rows: HiddenRows, rows: Sequence[EncodedRow], device: torch.device) -> dict[str, torch.Tensor]:
+    batch = pack([Placed(row, 0, 0.0) for row in rows], [Term("retain", "retain", "kl", 1.0)])
+    hidden_NH = hidden_rows(batch.to(device)).cpu()
+    parts = hidden_NH.split([len(row.answer_ids) for row in rows])
+    return {row.key: part.clone() for row, part in zip(rows, parts, strict=True)}
+
+
+def _verify(there: CachedReference, hidden_rows: HiddenRows, rows: Sequence[EncodedRow], device: torch.device) -> None:
+    """Compare a few cached rows with what the model computes now; every rank compares the same ones."""
+    chosen = rows[:: max(1, len(rows) // NUM_VERIFIED)][:NUM_VERIFIED]
+    if not chosen:
+        return
+    for key, now in _computed(hidden_rows, chosen, device).items():
+        kept, tolerance = there.read(key), 1e-3 if now.dtype == torch.float32 else 3e-2
+        same_form = kept.shape == now.shape and kept.dtype == now.dtype
+        error = float((kept.double() - now.double()).norm() / now.double().norm()) if same_form else float("inf")
+        if not error <= tolerance:
+            raise UsageError(
+                f"the reference cache {there.folder} does not hold what this model computes (row {key} is off by "
+                f"{error:.1%}): delete that folder, and it will be made again"
+            )

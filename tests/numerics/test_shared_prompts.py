@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from unlearn_ds.attention import Packing, mask_function, sdpa
+from unlearn_ds.attention import ATTENTION, Packing, mask_function, resolve, sdpa
+from unlearn_ds.config import UsageError
 from unlearn_ds.data.packing import Placed, pack
 from unlearn_ds.types import EncodedRow, PackedBatch, Term
 
@@ -71,3 +72,29 @@ def test_the_mask_of_flex_without_sharing_is_that_of_each_sequence_alone():
     index = torch.arange(9)
     found = mask_function(Packing(ends, 5), 9)(None, None, index[:, None], index[None, :])
     assert torch.equal(found, torch.block_diag(*(torch.ones(n, n).tril() for n in (3, 1, 5))).bool())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("name", ["flash", "varlen", "flex"])
+def test_each_implementation_on_a_gpu_equals_sdpa(batch, name):
+    device, draw = torch.device("cuda"), torch.Generator("cuda").manual_seed(0)
+    try:
+        resolve(name, device, torch.bfloat16)
+    except UsageError as error:
+        pytest.skip(str(error))
+    on_device = batch.to(device)
+    streams = [
+        torch.randn(batch.num_tokens, heads, 64, generator=draw, device=device).bfloat16().requires_grad_()
+        for heads in (4, 2, 2)
+    ]
+    weights = torch.randn(batch.num_tokens, 4, 64, generator=draw, device=device)
+    results = []
+    for attend in (ATTENTION[name], sdpa):
+        out = attend(*streams, packing(on_device))
+        (out * weights).sum().backward()
+        results.append([out.detach(), *(x.grad.clone() for x in streams)])
+        for x in streams:
+            x.grad = None
+    for actual, expected in zip(*results, strict=True):
+        assert (actual - expected).norm() <= 1e-2 * expected.norm()

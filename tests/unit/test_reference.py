@@ -63,9 +63,9 @@ def test_cached_states_equal_live_ones(tmp_path, hidden_rows, head, rows_per_bat
 
 def test_a_finished_cache_is_not_computed_again(tmp_path, hidden_rows, head):
     build_cache(tmp_path, hidden_rows, ROWS, CPU)
-    calls = hidden_rows.calls
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     build_cache(tmp_path, hidden_rows, ROWS, CPU)
-    assert hidden_rows.calls == calls > 0
+    assert files and {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
 
 
 def test_rows_that_a_finished_cache_lacks_are_added(tmp_path, hidden_rows, head):
@@ -114,3 +114,40 @@ def test_an_interrupted_cache_is_not_taken_for_finished(tmp_path, hidden_rows):
     assert not list(tmp_path.glob("*.json"))
     build_cache(tmp_path, hidden_rows, ROWS, CPU, rows_per_batch=3)
     assert hidden_rows.calls == 2 + 3
+
+
+def test_a_cache_of_other_weights_is_refused(tmp_path, hidden_rows):
+    """The folder is named by a digest of the weights; what is in it is looked at all the same."""
+    build_cache(tmp_path, hidden_rows, ROWS, CPU)
+    build_cache(tmp_path, hidden_rows, ROWS, CPU)
+    with pytest.raises(UsageError, match="does not hold what this model computes .* delete that folder"):
+        build_cache(tmp_path, lambda batch: 1.01 * hidden_rows(batch), ROWS, CPU)
+
+
+def test_a_damaged_cache_is_refused(tmp_path, hidden_rows):
+    build_cache(tmp_path, hidden_rows, ROWS, CPU)
+    (file,) = tmp_path.glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(UsageError, match="cannot be read .* delete"):
+        build_cache(tmp_path, hidden_rows, ROWS, CPU)
+
+
+def test_a_cache_that_cannot_be_written_is_told(tmp_path, hidden_rows, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("unlearn_ds.reference.save_file", full)
+    with pytest.raises(UsageError, match="cannot be written to .*No space left"):
+        build_cache(tmp_path, hidden_rows, ROWS, CPU)
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_states_read_ahead_are_the_same_and_are_handed_out_once(tmp_path, hidden_rows, head, monkeypatch):
+    build_cache(tmp_path, hidden_rows, ROWS, CPU)
+    cached, batch = CachedReference(tmp_path, head), batch_of(*ROWS[:3])
+    expected = cached.rows(batch).hidden_NH
+    cached.fetch(batch)
+    with monkeypatch.context() as patched:
+        patched.setattr(cached, "read", None)  # nothing is read any more
+        assert torch.equal(cached.rows(batch).hidden_NH, expected)
+    assert torch.equal(cached.rows(batch).hidden_NH, expected)
