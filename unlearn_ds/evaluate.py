@@ -17,7 +17,7 @@ from unlearn_ds.model import PackedCausalLM
 from unlearn_ds.ops import TokenStatistics
 from unlearn_ds.registry import JUDGES, METRICS, resolve
 from unlearn_ds.scenarios import Scenario, ScenarioData
-from unlearn_ds.types import Answer, EncodedRow, Measured, Row, Scored
+from unlearn_ds.types import Answer, AnswerScore, EncodedRow, Measured, Row, Scored
 
 Answers = dict[str, list[Answer]]
 """Generated answers of a model by set: unlearned, unseen, normal, neutral, and those of the scenario."""
@@ -118,10 +118,9 @@ class Evaluator:
         before = {name: [answer.text for answer in answers] for name, answers in (originals or answers).items()}
         numbers: dict[str, Any] = {}
         for name, metrics in self.measured_on.items():
-            nll_sums, counts = zip(*scored[name], strict=True) if name in scored else ((), ())
             measured = Measured(
-                sets[name], texts.get(name, ()), before.get(name, ()), nll_sums, counts, self.judge, self.similarity,
-                self.config.margin,
+                sets[name], texts.get(name, ()), before.get(name, ()), scored.get(name, ()), self.judge,
+                self.similarity, self.config.margin,
             )  # fmt: skip
             numbers[name] = {"n": len(sets[name])}
             for metric in metrics:
@@ -184,15 +183,14 @@ class Evaluator:
             answers[name].append(text)
         return answers
 
-    def _score(self, model: PackedCausalLM, rows: Sequence[EncodedRow], synced: bool) -> list[tuple[float, int]]:
-        """(summed NLL, number of response tokens) of each row."""
-
-        def score(batch: Sequence[EncodedRow]) -> list[tuple[float, int]]:
+    def _score(self, model: PackedCausalLM, rows: Sequence[EncodedRow], synced: bool) -> list[AnswerScore]:
+        def score(batch: Sequence[EncodedRow]) -> list[AnswerScore]:
             packed = pack_scored(batch).to(model.device)
             with torch.no_grad():
-                nll_N = -TokenStatistics(*model(packed)).logp_N
-            parts = nll_N.double().cpu().split([len(row.answer_ids) for row in batch])
-            return [(float(part.sum()), part.numel()) for part in parts]
+                found = torch.stack([x.double() for x in TokenStatistics(*model(packed))]).cpu()
+            parts = found.split([len(row.answer_ids) for row in batch], dim=1)
+            sums = [(*part.sum(1).tolist(), part.shape[1]) for part in parts]
+            return [AnswerScore(-logp, count, entropy, int(top)) for logp, entropy, top, count in sums]
 
         return generate.over_ranks(rows, 48, len, synced, score)
 

@@ -160,19 +160,28 @@ class Calibration(NamedTuple):
     labels: Sequence[bool] = ()
 
 
+class AnswerScore(NamedTuple):
+    """A given answer under a model, summed over its tokens: negative log-likelihood, entropy of what the model would
+    have said there, tokens than which none was likelier, and all tokens."""
+
+    nll: float
+    num_tokens: int
+    entropy: float = 0.0
+    num_top: int = 0
+
+
 class Measured(NamedTuple):
     """What a metric may look at: the rows of one set, what the model said, and how likely it finds their answers.
 
     texts: a generated answer to each prompt; none for sets that are only scored. originals: the same before unlearning.
-    nll_sums, token_counts: summed negative log-likelihood and number of tokens of each row's answer; none for sets
-    whose answers nobody scores. judge: decides on the behaviour. similarity: compares two texts.
+    scores: how likely the model finds each row's answer; none for sets whose answers nobody scores. judge: decides on
+    the behaviour. similarity: compares two texts.
     """
 
     rows: Sequence[Row]
     texts: Sequence[str] = ()
     originals: Sequence[str] = ()
-    nll_sums: Sequence[float] = ()
-    token_counts: Sequence[int] = ()
+    scores: Sequence[AnswerScore] = ()
     judge: Any = None
     similarity: Any = None
     margin: float = 0.1

@@ -10,7 +10,7 @@ from unlearn_ds.metrics.hallucination_rate import hallucination_rate
 from unlearn_ds.metrics.likelihood import likelihood
 from unlearn_ds.metrics.multiple_choice import multiple_choice
 from unlearn_ds.metrics.similarity import similarity_to_original
-from unlearn_ds.types import Measured, Row
+from unlearn_ds.types import AnswerScore, Measured, Row
 
 
 class TableJudge:
@@ -79,20 +79,20 @@ def test_rates_are_shares_of_all_rows():
 
 
 def test_likelihood_is_a_mean_over_tokens_and_not_over_rows():
-    assert likelihood(Measured([], nll_sums=[1.0, 8.0], token_counts=[1, 3])).numbers == {
-        "nll": 2.25,
-        "perplexity": pytest.approx(math.exp(2.25)),
-    }
+    scores = [AnswerScore(1.0, 1, 0.5, 1), AnswerScore(8.0, 3, 1.5, 2)]
+    assert likelihood(Measured([], scores=scores)).numbers == {
+        "nll": 2.25, "perplexity": pytest.approx(math.exp(2.25)), "token_accuracy": 0.75, "entropy": 0.5,
+    }  # fmt: skip
 
 
 def test_perplexity_beyond_float_range_is_infinite_and_no_error():
-    assert likelihood(Measured([], nll_sums=[1e6], token_counts=[1])).numbers["perplexity"] == math.inf
+    assert likelihood(Measured([], scores=[AnswerScore(1e6, 1)])).numbers["perplexity"] == math.inf
 
 
 def test_multiple_choice_takes_the_smallest_summed_nll():
     items = [("a", [3.0, 1.0], 1), ("b", [2.0, 5.0, 4.0], 0), ("c", [1.0, 0.5], 0)]
     rows = [Row(name, str(n), (str(right),)) for name, sums, right in items for n in range(len(sums))]
-    measured = Measured(rows, nll_sums=[value for _, sums, _ in items for value in sums])
+    measured = Measured(rows, scores=[AnswerScore(value, 1) for _, sums, _ in items for value in sums])
     assert multiple_choice(measured).numbers == {"accuracy": pytest.approx(2 / 3)}
 
 
