@@ -20,9 +20,8 @@ from unlearn_ds.kernels import rows_triton as rows
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 VARIANTS = {
-    "ce": {"HAS_KL": False, "CAPPED": False, "SMOOTHED": False},
-    "ce_kl": {"HAS_KL": True, "CAPPED": False, "SMOOTHED": False},
-    "ce_kl_capped_smoothed": {"HAS_KL": True, "CAPPED": True, "SMOOTHED": True},
+    "losses": {"HAS_KL": True, "CAPPED": False, "SMOOTHED": False},
+    "losses_capped_smoothed": {"HAS_KL": True, "CAPPED": True, "SMOOTHED": True},
 }
 POINTERS = {
     "outputs": "*fp32", "reference": "*fp32", "gradient": "*bf16", "targets": "*i64", "coefficients": "*fp32",

@@ -78,7 +78,7 @@ def varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing:
 def flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing) -> torch.Tensor:
     """FlexAttention with a block mask (CUDA); any dtype, sliding windows and soft-capping."""
     num_tokens = query.shape[0]
-    mask = _flex_mask(packing, num_tokens)
+    mask = _flex_mask(packing._replace(scale=None, softcap=None), num_tokens)
     score = None
     if packing.softcap is not None:
         softcap = packing.softcap
@@ -207,7 +207,9 @@ def _compiled_flex() -> Callable[..., torch.Tensor]:
     return torch.compile(flex_attention, dynamic=True)
 
 
+@functools.lru_cache(maxsize=4)
 def _flex_mask(packing: Packing, num_tokens: int):
+    """The block mask of a stream, made once for all layers with one window; tensors are keyed by identity."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     allowed = mask_function(packing, num_tokens)

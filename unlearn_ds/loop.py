@@ -133,14 +133,17 @@ class Run:
     def step(self, step: int, stop_asked: bool) -> tuple[dict[str, Any], bool]:
         """One optimizer step; returns its line of metrics.jsonl and whether a rank was asked to stop."""
         began, device = time.perf_counter(), self.policy.model.device
-        counted = torch.zeros(len(self.loader.terms) + 2, dtype=torch.float64)
+        taken: list[tuple[torch.Tensor, PackedBatch]] = []
         for batch in self.batches(step):
             batch = batch.to(device)
             output = self.policy.loss(batch, self.reference.rows(batch) if self.reference else None)
             self.policy.backward(output.loss)
             result = self.policy.step()
+            taken.append((output.loss_N, batch))
+        counted = torch.zeros(len(self.loader.terms) + 2, dtype=torch.float64)
+        for loss_N, batch in taken:  # only now: each look at a value waits for the device
             counts = torch.tensor([batch.num_tokens, batch.num_response_tokens])
-            counted += torch.cat([term_values(output.loss_N, batch, self.loader.terms), counts])
+            counted += torch.cat([term_values(loss_N, batch, self.loader.terms), counts])
         *values, tokens, response_tokens, stopping = dist.sums([*counted.tolist(), stop_asked], device)
         seconds = time.perf_counter() - began
         flops = cost.step_flops(self.size, tokens, response_tokens, self.num_adapter) / dist.world_size()

@@ -12,7 +12,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "ahead_of_time.py"
 CAPABILITIES = (80, 86, 89, 90, 100)
-KERNELS = ("ce", "ce_kl", "ce_kl_capped_smoothed", "statistics", "scale")
+KERNELS = ("losses", "losses_capped_smoothed", "statistics", "scale")
 
 
 @pytest.fixture(scope="module")

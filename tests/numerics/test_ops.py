@@ -127,13 +127,13 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("rows", [(400, 0), (0, 400), (200, 200)], ids=["ce", "kl", "mixed"])
+@pytest.mark.parametrize("rows", [(80, 0), (0, 80), (40, 40)], ids=["ce", "kl", "mixed"])
 def test_logits_of_all_rows_never_exist(rows):
     """Defect D24: the published code holds several copies of [all positions, vocabulary]."""
     case = make_case(*rows, vocab=4096)
     with Largest() as largest:
-        ours(case, workspace_bytes=50 * 4096 * 4)
-    assert largest.num_bytes <= 4 * max(50 * 4096, 4096 * HIDDEN)
+        ours(case, workspace_bytes=30 * 4096 * 4)
+    assert largest.num_bytes <= 4 * 30 * 4096
 
 
 def test_chunking_with_softcap_equals_float64():
