@@ -79,3 +79,33 @@ def memory_plan(
     if stage == 3 or num_adapter:
         plan["whole copy, while evaluating"] = size.total * bytes_per_weight
     return plan
+
+
+class ReferenceMode(NamedTuple):
+    """A home of the frozen reference: bytes that one device, its host and the disk hold for it, bytes on the disk for
+    each retain token, and when it is the right one."""
+
+    device: int
+    host: int
+    disk: int
+    disk_per_token: int
+    right_when: str
+
+
+def reference_modes(
+    size: ModelSize, *, bytes_per_weight: int, world_size: int, num_adapter: int = 0
+) -> dict[str, ReferenceMode]:
+    """What each mode holds on one of ``world_size`` ranks, the reference's LM head included."""
+    share = size.total * bytes_per_weight // max(1, world_size)
+    head = 0 if num_adapter else size.head * bytes_per_weight
+    modes = {
+        "cached": ReferenceMode(
+            head, 0, 0, size.hidden_size * bytes_per_weight,
+            "full training for more than one pass over retain rows that stay the same; any disk all nodes share",
+        ),
+        "resident": ReferenceMode(share + head, 0, 0, 0, "new retain rows all the time, and device memory to spare"),
+        "offload": ReferenceMode(head, share, 0, 0, "new retain rows all the time, and only host memory to spare"),
+        "nvme": ReferenceMode(head, 0, share, 0, "neither device nor host memory to spare: the slowest"),
+    }  # fmt: skip
+    adapter = ReferenceMode(0, 0, 0, 0, "LoRA, always: the policy with its adapters off")
+    return {"adapter": adapter, **modes} if num_adapter else modes

@@ -30,6 +30,23 @@ def dry_run(config: RunConfig) -> None:
         log.say(f"  {name:<50} {count / 2**30:9.2f} GiB")
     on_device = sum(count for name, count in plan.items() if not any(w in name for w in ("host", "disk", "while")))
     log.say(f"  {'on the device together while training':<50} {on_device / 2**30:9.2f} GiB")
+    say_reference_modes(config, values, size, lora.size(architecture, config.lora))
+
+
+def say_reference_modes(config: RunConfig, values: dict, size: cost.ModelSize, num_adapter: int) -> None:
+    """What each home of the reference would hold on a device, and when it is the right one."""
+    if not any(term.loss == "kl" for term in resolve("objective", config.objective.name, OBJECTIVES)(config.objective)):
+        return
+    modes = cost.reference_modes(
+        size, bytes_per_weight=2 if ds_json.is_bf16(values) else 4, world_size=world_size(), num_adapter=num_adapter
+    )
+    log.say(f"reference of the KL, GiB of one device (this run: {config.engine.reference}):")
+    log.say(f"  {'':<10}{'device':>8}{'host':>8}{'disk':>8}  right for")
+    for name, mode in modes.items():
+        device, host, disk = (f"{count / 2**30:.2f}" for count in (mode.device, mode.host, mode.disk))
+        if mode.disk_per_token:
+            disk = f"{mode.disk_per_token / 2**10:.0f}K/tok"
+        log.say(f"  {name:<10}{device:>8}{host:>8}{disk:>8}  {mode.right_when}")
 
 
 def memory(config: RunConfig, values: dict, size: cost.ModelSize, num_adapter: int = 0) -> dict[str, int]:

@@ -67,7 +67,7 @@ def main() -> None:
                 "gradient_error": relative((gradient - exact_gradient).norm(), exact_gradient.norm()),
                 "negative": bool(loss < 0),
                 "device": options.device, "rows": options.rows, "vocab": options.vocab,
-                **origin(name.split(",")[0]),
+                **origin(options, name.split(",")[0]),
             })  # fmt: skip
             line = lines[-1]
             print(

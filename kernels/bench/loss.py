@@ -4,9 +4,10 @@
                                  [--terms ce kl three] [--dtype fp32|bf16] [--rounds 3] [--output FILE.csv]
 
 Hidden states of ``--tokens`` tokens, of which ``--rows`` are response tokens; "three" takes a quarter of these for
-forget, a half for mismatch and a quarter for retain. Each implementation runs in a process of its own, in turn, round
+forget, a half for mismatch and a quarter for retain. Each implementation runs in processes of its own, in turn, round
 by round; ratios are those of one round. extra_bytes: peak beyond hidden states and heads, gradients included. error:
-relative error of the head's gradient against float64 on the first 128 rows. A plot goes beside the CSV.
+relative error of the head's gradient against float64 on the first 128 rows. On a CPU nothing of others is compiled by
+torch.compile. A plot goes beside the CSV.
 """
 
 from __future__ import annotations
@@ -14,17 +15,19 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from rivals import OURS, available, find, version
+from rivals import OURS, Implementation, available, find, version
 
 HEADS = {"llama2-7b": (32000, 4096), "llama3-8b": (128256, 4096), "smollm2": (49152, 576)}
 TERMS = ("ce", "kl", "three")
@@ -60,26 +63,23 @@ def main() -> None:
 def compare(options: argparse.Namespace, rows: int, term: str) -> list[dict[str, Any]]:
     """Every implementation of a term, round by round; prints and returns a line each."""
     names = [name for name in available(options.device, term) if not options.only or name in options.only]
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     settings = {"term": term, "device": options.device, "head": options.head, "rows": rows, "dtype": options.dtype}
     settings["tokens"] = options.tokens or 4 * rows
+    held = {name: run(settings | {"implementation": name, "measure": "memory"}) for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names if held[name] is not None}
     for _ in range(options.rounds):
-        for name in list(found):
-            result = run(settings | {"implementation": name})
+        for name in list(seconds):
+            result = run(settings | {"implementation": name, "measure": "seconds"})
             if result is None:
-                del found[name]
+                del seconds[name]
             else:
-                found[name].append(result)
+                seconds[name].append(result["seconds"])
     lines = []
-    for name, results in found.items():
-        pairs = zip(results, found.get(OURS, results), strict=True)
-        line = settings | {
-            "implementation": name,
-            "seconds": statistics.median(result["seconds"] for result in results),
-            "extra_bytes": max(result["extra_bytes"] for result in results),
-            "error": results[0]["error"], "loss_error": results[0]["loss_error"],
-            "ratio": statistics.median(theirs["seconds"] / ours["seconds"] for theirs, ours in pairs),
-            **origin(name),
+    for name, values in seconds.items():
+        pairs = zip(values, seconds.get(OURS, ()), strict=OURS in seconds)
+        line = settings | held[name] | {
+            "implementation": name, "seconds": statistics.median(values), **origin(options, name),
+            "ratio": statistics.median([theirs / ours for theirs, ours in pairs] or [math.nan]),
         }  # fmt: skip
         lines.append(line)
         print(
@@ -93,7 +93,11 @@ def compare(options: argparse.Namespace, rows: int, term: str) -> list[dict[str,
 def run(settings: dict[str, Any]) -> dict[str, Any] | None:
     """One implementation in a process of its own; None, with the reason printed, when it fails."""
     command = [sys.executable, __file__, "--one", json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONWARNINGS": "ignore"})
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    if settings["measure"] == "seconds":
+        # As a run sets it (engine.py): freed memory is kept. Peak memory is measured without, or it would be hidden.
+        environment |= {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"killed by signal {-done.returncode}"])[-1]
         print(f"{settings['term']:<6} {settings['rows']:>6} rows  {settings['implementation']:<34} failed: {reason}")
@@ -101,19 +105,28 @@ def run(settings: dict[str, Any]) -> dict[str, Any] | None:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def origin(name: str) -> dict[str, str]:
+def origin(options: argparse.Namespace, name: str) -> dict[str, str]:
     """Hardware, versions and commit."""
     packages = ["torch", "triton"] if name == OURS else find(name).package.split()
     versions = " ".join(f"{package} {version(package)}" for package in dict.fromkeys(["torch", *packages]))
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    hardware = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
     return {"hardware": f"{hardware}, {os.cpu_count()} cores", "versions": versions, "commit": commit}
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
-    """Seconds, peak memory and errors of one implementation."""
+    """Errors and peak memory of one implementation, or its seconds."""
     vocab, width = HEADS[settings["head"]]
+    if settings["measure"] == "seconds":
+        given, seconds = problem(settings, vocab, width), []
+        for _ in range(1 + COUNTED):
+            synchronize(settings["device"])
+            began = time.perf_counter()
+            evaluate(settings["implementation"], given)
+            synchronize(settings["device"])
+            seconds.append(time.perf_counter() - began)
+        return {"seconds": statistics.median(seconds[1:])}
     truth_rows = min(settings["rows"], TRUTH_ROWS)
     small = problem(settings | {"rows": truth_rows, "tokens": truth_rows}, vocab, width)
     loss, gradient = evaluate(settings["implementation"], small)
@@ -124,15 +137,8 @@ def measure(settings: dict[str, Any]) -> dict[str, Any]:
     }
     del small, gradient, exact_gradient
     given = problem(settings, vocab, width)
-    extra_bytes = peak_beyond(lambda: evaluate(settings["implementation"], given))
-    seconds = []
-    for _ in range(COUNTED):
-        synchronize(settings["device"])
-        began = time.perf_counter()
-        evaluate(settings["implementation"], given)
-        synchronize(settings["device"])
-        seconds.append(time.perf_counter() - began)
-    return {"seconds": statistics.median(seconds), "extra_bytes": extra_bytes, **errors}
+    extra_bytes = peak_beyond(settings["device"], lambda: evaluate(settings["implementation"], given))
+    return {"extra_bytes": extra_bytes, **errors}
 
 
 def problem(settings: dict[str, Any], vocab: int, width: int) -> dict[str, Any]:
@@ -192,35 +198,45 @@ def ours(given: dict[str, Any]) -> torch.Tensor:
 
 
 def theirs(name: str, given: dict[str, Any]) -> torch.Tensor:
-    implementation, parts, start = find(name), given["parts"], 0
-    every_token = implementation.all_tokens
+    implementation, parts, weight = find(name), given["parts"], given["weight"]
+    if implementation.all_tokens:
+        return all_tokens(implementation, given)
+    cut = len(parts["forget"])
     loss = given["hidden"].new_zeros((), dtype=torch.float32)
-    for term in ("forget", "mismatch"):
-        places = parts[term]
-        targets = given["targets"][start : start + len(places)]
-        start += len(places)
-        if len(places) and every_token:
-            # The sequences of this term: its share of the tokens, all of which go through the head.
-            share = len(given["hidden"]) * len(places) // len(given["targets"])
-            labels = targets.new_full((share,), -100).index_put_((evenly(share, len(places), targets),), targets)
-            first = int(places[0])
-            hidden = torch.cat([given["hidden"][first:], given["hidden"][:first]])[:share]
-            loss = loss + given["weights"][term] * implementation.cross_entropy(hidden, given["weight"], labels)
-        elif len(places):
-            hidden = given["hidden"].index_select(0, places)
-            loss = loss + given["weights"][term] * implementation.cross_entropy(hidden, given["weight"], targets)
-    places = parts["retain"]
-    if len(places):
-        if every_token:
-            share = len(given["hidden"]) * len(places) // len(given["targets"])
-            places = torch.arange(len(given["hidden"]) - share, len(given["hidden"]), device=places.device)
-        hidden, reference = given["hidden"].index_select(0, places), given["reference_hidden"].index_select(0, places)
-        loss = loss + implementation.kl(hidden, given["weight"], reference, given["reference_weight"])
+    if cut and len(parts["mismatch"]) and implementation.weighted:
+        hidden = given["hidden"].index_select(0, torch.cat([parts["forget"], parts["mismatch"]]))
+        targets = given["targets"][: len(hidden)]
+        weights = torch.full_like(targets, 1 / (len(hidden) - cut), dtype=torch.float32)
+        weights[:cut] = given["weights"]["forget"] / cut
+        loss = implementation.weighted(hidden, weight, targets, weights)
+    else:
+        for term, targets in zip(parts, given["targets"].split([len(p) for p in parts.values()]), strict=True):
+            if term != "retain" and len(targets):
+                hidden = given["hidden"].index_select(0, parts[term])
+                loss = loss + given["weights"][term] * implementation.cross_entropy(hidden, weight, targets)
+    if len(parts["retain"]):
+        hidden, reference = (given[k].index_select(0, parts["retain"]) for k in ("hidden", "reference_hidden"))
+        loss = loss + implementation.kl(hidden, weight, reference, given["reference_weight"])
     return loss
 
 
-def evenly(size: int, count: int, like: torch.Tensor) -> torch.Tensor:
-    return torch.linspace(0, size - 1, count, device=like.device).long()
+def all_tokens(implementation: Implementation, given: dict[str, Any]) -> torch.Tensor:
+    """Term by term, each with its share of all tokens: prompts go through the head too, and are masked afterwards."""
+    loss = given["hidden"].new_zeros((), dtype=torch.float32)
+    start = first = 0
+    for term, places in given["parts"].items():
+        share = len(given["hidden"]) * len(places) // len(given["targets"])
+        rows, start = slice(start, start + share), start + share
+        targets, first = given["targets"][first : first + len(places)], first + len(places)
+        if term == "retain" and share:
+            reference = given["reference_hidden"][rows]
+            value = implementation.kl(given["hidden"][rows], given["weight"], reference, given["reference_weight"])
+        elif share:
+            where = torch.linspace(0, share - 1, len(places), device=targets.device).long()
+            labels = targets.new_full((share,), -100).index_copy(0, where, targets)
+            value = implementation.cross_entropy(given["hidden"][rows], given["weight"], labels)
+        loss = loss + given["weights"][term] * value if share else loss
+    return loss
 
 
 def truth(given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,9 +268,9 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def peak_beyond(call) -> int:
+def peak_beyond(device: str, call: Callable[[], Any]) -> int:
     """Bytes that a call takes at its peak beyond what is there: of the allocator on a GPU, else resident pages."""
-    if torch.cuda.is_available():
+    if device == "cuda":
         call()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

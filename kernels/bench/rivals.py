@@ -18,18 +18,25 @@ Loss = Callable[..., torch.Tensor]
 
 
 class Implementation(NamedTuple):
-    """cross_entropy(hidden, weight, targets), kl(hidden, weight, reference hidden, reference weight); the package whose
-    version counts; whether it needs a GPU; whether it makes logits of prompt tokens too."""
+    """cross_entropy(hidden, weight, targets), kl(hidden, weight, reference hidden, reference weight).
+
+    package: whose version counts. all_tokens: makes logits of prompt tokens too, term by term as published. weighted: a
+    cross-entropy with a weight for each row, where there is one: then forget and mismatch are one call."""
 
     cross_entropy: Loss | None
     kl: Loss | None
     package: str = "torch"
     needs_gpu: bool = False
     all_tokens: bool = False
+    weighted: Loss | None = None
 
 
 def torch_cross_entropy(hidden, weight, targets):
     return F.cross_entropy((hidden @ weight.t()).float(), targets)
+
+
+def torch_weighted(hidden, weight, targets, weights_N):
+    return (F.cross_entropy((hidden @ weight.t()).float(), targets, reduction="none") * weights_N).sum()
 
 
 def torch_kl(hidden, weight, reference_hidden, reference_weight):
@@ -71,9 +78,14 @@ def cut_cross_entropy(hidden, weight, targets):
 
 
 def trl_cross_entropy(hidden, weight, targets):
+    return trl_weighted(hidden, weight, targets, 1 / len(targets))
+
+
+def trl_weighted(hidden, weight, targets, weights_N):
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
 
-    return -ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, TRL_VOCABULARY_CHUNK)[0].mean()
+    logp_N = ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, TRL_VOCABULARY_CHUNK)[0]
+    return -(logp_N * weights_N).sum()
 
 
 def trl_kl(hidden, weight, reference_hidden, reference_weight):
@@ -87,12 +99,12 @@ TRL_VOCABULARY_CHUNK = 32768
 """As its trainers call it."""
 IMPLEMENTATIONS = {
     "torch, all tokens": Implementation(torch_cross_entropy, torch_kl, all_tokens=True),
-    "torch": Implementation(torch_cross_entropy, torch_kl),
+    "torch": Implementation(torch_cross_entropy, torch_kl, weighted=torch_weighted),
     "torch linear_cross_entropy": Implementation(torch_linear_cross_entropy, None),
     "liger": Implementation(liger_cross_entropy, liger_jsd, "liger-kernel", needs_gpu=True),
     "liger chunked": Implementation(None, liger_chunked_kl, "liger-kernel"),
     "cut-cross-entropy": Implementation(cut_cross_entropy, None, "cut-cross-entropy", needs_gpu=True),
-    "trl": Implementation(trl_cross_entropy, trl_kl, "trl"),
+    "trl": Implementation(trl_cross_entropy, trl_kl, "trl", weighted=trl_weighted),
 }
 COMBINATIONS = {
     "torch linear_cross_entropy + trl": ("torch linear_cross_entropy", "trl"),
