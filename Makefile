@@ -26,6 +26,7 @@ train: setup
 
 test: setup
 	$(BIN)/python -m pytest -c tests/pytest.ini tests -n $(WORKERS) --dist loadfile $(ARGS)
+	if command -v nvidia-smi > /dev/null; then $(BIN)/python -m pytest -c tests/pytest.ini tests -m gpu; fi
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,6 +1,6 @@
 """Losses, gradients and statistics of rows of logits in plain torch: every device, fp32 and float64.
 
-A row goes through its passes while it lies in the cache. The same functions in ``rows_triton.py`` are one kernel each.
+A row goes through its passes while it lies in the cache. In ``rows_triton.py`` each of these is one kernel.
 """
 
 from __future__ import annotations
@@ -15,48 +15,55 @@ CACHE_BYTES = 2**20
 
 
 class TorchRows:
-    """Rows of logits in torch; see ``losses`` for the contract that every row kernel keeps."""
+    """Rows of logits in torch; the contract that every row kernel keeps.
+
+    Logits are ``softcap * tanh(scale * outputs / softcap)``, or ``scale * outputs`` without a cap, of the LM head's
+    outputs in fp32 (here also float64). Outputs are of no use after a call.
+    """
 
     in_place = False
-    """Whether ``losses`` can write a gradient of a narrower type over the outputs it reads."""
+    """Whether a gradient of a narrower type may be written over the outputs it comes from."""
 
     @staticmethod
-    def losses(
+    def cross_entropy(
         outputs_CV: torch.Tensor,
         targets_C: torch.Tensor,
         coefficients_C: torch.Tensor,
         gradient_CV: torch.Tensor,
-        *,
-        reference_KV: torch.Tensor | None = None,
         smoothing_C: torch.Tensor | None = None,
+        *,
         scale: float = 1.0,
         softcap: float | None = None,
     ) -> torch.Tensor:
-        """Loss of each row, [C]; its gradient with respect to ``outputs_CV``, times its coefficient, is written.
+        """Loss of each row, [C]; its gradient with respect to the outputs, times its coefficient, goes to
+        ``gradient_CV``, which may be ``outputs_CV`` itself.
 
-        Args:
-            outputs_CV: products of hidden states and LM head, fp32 or float64; of no use afterwards.
-            targets_C: token of each cross-entropy row; not read for KL rows.
-            coefficients_C: signed weight of each row.
-            gradient_CV: where the gradient goes; ``outputs_CV`` itself is allowed.
-            reference_KV: outputs of the frozen model for the last K rows, whose loss is KL(reference || policy); of no
-                use afterwards. The loss of the C - K rows before them is cross-entropy.
-            smoothing_C: label smoothing of each cross-entropy row, over the columns whose logits are finite.
-            scale, softcap: logits are ``softcap * tanh(scale * outputs / softcap)``, or ``scale * outputs``.
+        smoothing_C: label smoothing of each row, over the columns whose logits are finite.
         """
-        num_rows, vocab = outputs_CV.shape
-        first_kl = num_rows - (0 if reference_KV is None else reference_KV.shape[0])
-        loss_C = torch.empty(num_rows, dtype=outputs_CV.dtype, device=outputs_CV.device)
-        for rows in _in_cache(0, first_kl, vocab, outputs_CV.device):
+        loss_C = torch.empty_like(coefficients_C, dtype=outputs_CV.dtype)
+        for rows in _in_cache(outputs_CV):
             logits_CV = _logits_(outputs_CV[rows], scale, softcap)
             smoothing = None if smoothing_C is None else smoothing_C[rows]
             loss_C[rows], change_CV = cross_entropy(logits_CV, targets_C[rows], smoothing)
             _chain_(change_CV, logits_CV, scale, softcap)
             torch.mul(change_CV, coefficients_C[rows, None], out=gradient_CV[rows])
-        for rows in _in_cache(first_kl, num_rows, vocab, outputs_CV.device):
+        return loss_C
+
+    @staticmethod
+    def forward_kl(
+        outputs_CV: torch.Tensor,
+        reference_CV: torch.Tensor,
+        coefficients_C: torch.Tensor,
+        gradient_CV: torch.Tensor,
+        *,
+        scale: float = 1.0,
+        softcap: float | None = None,
+    ) -> torch.Tensor:
+        """KL(reference || policy) of each row, [C], from the outputs of both; the gradient as in ``cross_entropy``."""
+        loss_C = torch.empty_like(coefficients_C, dtype=outputs_CV.dtype)
+        for rows in _in_cache(outputs_CV):
             logits_CV = _logits_(outputs_CV[rows], scale, softcap)
-            there = slice(rows.start - first_kl, rows.stop - first_kl)
-            loss_C[rows], change_CV = forward_kl(logits_CV, _logits_(reference_KV[there], scale, softcap))
+            loss_C[rows], change_CV = forward_kl(logits_CV, _logits_(reference_CV[rows], scale, softcap))
             _chain_(change_CV, logits_CV, scale, softcap)
             torch.mul(change_CV, coefficients_C[rows, None], out=gradient_CV[rows])
         return loss_C
@@ -70,7 +77,7 @@ class TorchRows:
         ``outputs_CV`` is of no use afterwards.
         """
         parts = []
-        for rows in _in_cache(0, *outputs_CV.shape, outputs_CV.device):
+        for rows in _in_cache(outputs_CV):
             logits_CV = _logits_(outputs_CV[rows], scale, softcap)
             target_C = logits_CV.gather(1, targets_C[rows, None]).squeeze(1)
             is_top_C = target_C >= logits_CV.amax(1)
@@ -85,10 +92,12 @@ class TorchRows:
 
     @staticmethod
     def scale_(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-        """Multiply ``tensor`` by a scalar in place; nothing is read where that changes nothing."""
-        if factor.device.type == "cpu" and factor == 1:
-            return tensor
-        return tensor.mul_(factor.to(tensor.dtype))
+        """Multiply ``tensor`` in place by an fp32 scalar, which is not rounded to the tensor's type."""
+        if factor.device.type == "cpu":
+            return tensor if factor == 1 else tensor.mul_(float(factor))
+        for part in tensor.split(4096):
+            part.copy_(part * factor.expand(part.shape[-1]))
+        return tensor
 
 
 def cross_entropy(
@@ -131,10 +140,11 @@ def forward_kl(logits_CV: torch.Tensor, reference_CV: torch.Tensor) -> tuple[tor
     return loss_C, difference_CV
 
 
-def _in_cache(start: int, stop: int, vocab: int, device: torch.device) -> list[slice]:
+def _in_cache(outputs_CV: torch.Tensor) -> list[slice]:
+    num_rows, vocab = outputs_CV.shape
     # On a GPU a launch costs more than the cache saves.
-    rows = max(1, CACHE_BYTES // (4 * vocab)) if device.type == "cpu" else max(1, 2**28 // (4 * vocab))
-    return [slice(a, min(a + rows, stop)) for a in range(start, stop, rows)]
+    size = max(1, (CACHE_BYTES if outputs_CV.device.type == "cpu" else 2**28) // (4 * vocab))
+    return [slice(a, min(a + size, num_rows)) for a in range(0, num_rows, size)]
 
 
 def _logits_(outputs_CV: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:

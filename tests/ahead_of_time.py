@@ -19,9 +19,14 @@ from triton.compiler import ASTSource
 from unlearn_ds.kernels import rows_triton as rows
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-VARIANTS = {
-    "losses": {"HAS_KL": True, "CAPPED": False, "SMOOTHED": False},
-    "losses_capped_smoothed": {"HAS_KL": True, "CAPPED": True, "SMOOTHED": True},
+ROWS = {"CAPPED": False, "BLOCK": rows.BLOCK}
+KERNELS = {
+    "cross_entropy": (rows.cross_entropy_kernel, {**ROWS, "SMOOTHED": False}),
+    "cross_entropy_capped_smoothed": (rows.cross_entropy_kernel, {**ROWS, "CAPPED": True, "SMOOTHED": True}),
+    "forward_kl": (rows.forward_kl_kernel, ROWS),
+    "forward_kl_capped": (rows.forward_kl_kernel, {**ROWS, "CAPPED": True}),
+    "statistics": (rows.statistics_kernel, ROWS),
+    "scale": (rows.scale_kernel, {"BLOCK": rows.SCALE_BLOCK}),
 }
 POINTERS = {
     "outputs": "*fp32", "reference": "*fp32", "gradient": "*bf16", "targets": "*i64", "coefficients": "*fp32",
@@ -29,7 +34,7 @@ POINTERS = {
     "tensor": "*bf16", "factor": "*fp32",
 }  # fmt: skip
 SCALARS = {"scale": "fp32", "softcap": "fp32"}
-# Rows of one token, strides and vocabularies of the models at hand are multiples of 16; what Triton itself would find.
+# Strides always are (workspace.py), the vocabularies of Llama and SmolLM2 too: what Triton itself would find.
 ALIGNED = {"output_stride", "reference_stride", "gradient_stride", "vocab", "numel"}
 
 
@@ -65,14 +70,9 @@ def described(binary) -> dict:
 
 def main(capabilities: list[int]) -> None:
     for capability in capabilities:
-        for name, flags in VARIANTS.items():
-            binary = compiled(rows.losses_kernel, {**flags, "BLOCK": rows.BLOCK}, rows.NUM_WARPS, capability)
+        for name, (kernel, constants) in KERNELS.items():
+            binary = compiled(kernel, constants, 4 if name == "scale" else rows.NUM_WARPS, capability)
             print(json.dumps({"kernel": name, "capability": capability, **described(binary)}), flush=True)
-        constants = {"CAPPED": False, "BLOCK": rows.BLOCK}
-        binary = compiled(rows.statistics_kernel, constants, rows.NUM_WARPS, capability)
-        print(json.dumps({"kernel": "statistics", "capability": capability, **described(binary)}), flush=True)
-        binary = compiled(rows.scale_kernel, {"BLOCK": rows.SCALE_BLOCK}, 4, capability)
-        print(json.dumps({"kernel": "scale", "capability": capability, **described(binary)}), flush=True)
 
 
 if __name__ == "__main__":

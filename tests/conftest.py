@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 # Before the libraries read them: no test may reach a hub, and no test may find what an earlier run has cached.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Triton decides when a kernel is decorated whether it compiles it or interprets it.
-if shutil.which("nvidia-smi") is None:
-    os.environ["TRITON_INTERPRET"] = "1"
+# Triton decides when a kernel is decorated whether to compile or interpret it. Tests of numbers keep their tensors on
+# the host, on every machine; those of a GPU are run alone ("pytest -m gpu") and compile. Workers find what was set.
+os.environ.setdefault("TRITON_INTERPRET", "0" if ["-m", "gpu"] in map(list, itertools.pairwise(sys.argv)) else "1")
 _DATASETS_CACHE = tempfile.TemporaryDirectory(prefix="unlearn_ds_tests_")
 os.environ["HF_DATASETS_CACHE"] = _DATASETS_CACHE.name
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from unlearn_ds.registry import KERNELS  # noqa: E402
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED = Path(__file__).parents[2] / "shared"
@@ -42,7 +45,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=KERNELS)
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each row kernel in turn, as the one that ``loss_cases`` takes; without a GPU Triton's is interpreted."""
     monkeypatch.setattr("loss_cases.KERNEL", request.param)

@@ -102,12 +102,10 @@ def loss_options(softcap=None, logit_scale=1.0, **options) -> ops.LossOptions:
 
 def kl_of_logits(logits_CV: torch.Tensor, reference_CV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """KL of each row and its gradient from the row kernel under test."""
-    outputs_CV, num_rows = logits_CV.clone(), len(logits_CV)
-    gradient_CV = torch.empty_like(outputs_CV)
-    loss_C = resolve("kernel", KERNEL, KERNELS).losses(
-        outputs_CV, torch.zeros(num_rows, dtype=torch.long), torch.ones(num_rows), gradient_CV,
-        reference_KV=reference_CV.clone(),
-    )  # fmt: skip
+    gradient_CV = torch.empty_like(logits_CV)
+    loss_C = resolve("kernel", KERNEL, KERNELS).forward_kl(
+        logits_CV.clone(), reference_CV.clone(), torch.ones(len(logits_CV)), gradient_CV
+    )
     return loss_C, gradient_CV
 
 

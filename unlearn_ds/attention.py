@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from unlearn_ds.config import UsageError
 from unlearn_ds.types import SharedPrompts
@@ -35,6 +36,30 @@ class Packing(NamedTuple):
     shared: SharedPrompts | None = None
 
 
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, index):
+        ctx.save_for_backward(index)
+        ctx.num_rows = x.shape[0]
+        return x.index_select(0, index)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        (index,) = ctx.saved_tensors
+        wide = torch.promote_types(gradient.dtype, torch.float32)
+        total = torch.zeros(ctx.num_rows, *gradient.shape[1:], dtype=wide, device=gradient.device)
+        return total.index_add_(0, index, gradient.to(wide)).to(gradient.dtype), None
+
+
+def take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows of ``x`` along its first dimension, some of them several times.
+
+    Their gradients are added in fp32, not in bf16 one after another as ``index_select`` does.
+    """
+    return _Take.apply(x, index)
+
+
 def _with_own_prompts(attend: Attention) -> Attention:
     """Let an implementation that knows separate sequences only serve a stream with shared prompts."""
 
@@ -43,7 +68,7 @@ def _with_own_prompts(attend: Attention) -> Attention:
         if packing.shared is None:
             return attend(query, key, value, packing)
         stream_U, home_T = packing.shared
-        apart = (x.index_select(0, stream_U) for x in (query, key, value))
+        apart = (take(x, stream_U) for x in (query, key, value))
         return attend(*apart, packing._replace(shared=None)).index_select(0, home_T)
 
     return attend_apart

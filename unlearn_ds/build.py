@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from unlearn_ds import attention, dist, ds_json, embedded, engine, log, lora, ops
+from unlearn_ds import attention, dist, ds_json, embedded, engine, log, lora, ops, workspace
 from unlearn_ds import model as models
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data.encode import Encoder
@@ -49,8 +49,8 @@ def load_model(
 def loss_options(config: RunConfig, values: dict[str, Any], device: torch.device) -> ops.LossOptions:
     """How losses are computed; ``UsageError`` when the kernel asked for cannot work here."""
     kernel, _ = ops.resolve_kernel(config.engine.loss_kernel, device)
-    workspace = ops.workspace_bytes(config.engine.loss_workspace_mib, device.type, ds_json.is_bf16(values))
-    return ops.LossOptions(workspace_bytes=workspace, kernel=kernel)
+    limit = workspace.num_bytes(config.engine.loss_workspace_mib, device.type, ds_json.is_bf16(values))
+    return ops.LossOptions(workspace_bytes=limit, kernel=kernel)
 
 
 def policy(config: RunConfig, path: str, values: dict[str, Any], device: torch.device) -> engine.Policy:

@@ -7,7 +7,7 @@ import os
 
 from transformers.utils.logging import disable_progress_bar
 
-from unlearn_ds import cost, dist, ds_json, embedded, log, lora, ops
+from unlearn_ds import cost, dist, ds_json, embedded, log, lora, workspace
 from unlearn_ds import model as models
 from unlearn_ds.config import EMBEDDED_MODEL, RunConfig, to_dict
 from unlearn_ds.registry import OBJECTIVES, resolve
@@ -62,7 +62,7 @@ def memory(config: RunConfig, values: dict, size: cost.ModelSize, num_adapter: i
         bytes_per_weight=2 if ds_json.is_bf16(values) else 4,
         reference=config.engine.reference if any(term.loss == "kl" for term in terms) else None,
         num_tokens=rows * config.data.max_length, checkpointing=config.model.activation_checkpointing,
-        workspace_bytes=ops.workspace_bytes(
+        workspace_bytes=workspace.num_bytes(
             config.engine.loss_workspace_mib, dist.device_type(), ds_json.is_bf16(values)
         ),
         offload_param=offloads(values, "offload_param"), offload_optimizer=offloads(values, "offload_optimizer"),

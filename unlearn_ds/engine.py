@@ -173,9 +173,10 @@ class Policy:
         A step whose gradient norm is not finite on any rank is dropped by every rank.
         """
         learning_rate = self.engine.optimizer.param_groups[0]["lr"]
-        before = self.engine.skipped_steps
+        before, closes = self.engine.skipped_steps, self.engine.is_gradient_accumulation_boundary()
         self.engine.step()
-        norm = self.engine.get_global_grad_norm()
+        # Looking at it waits for the device, and between the micro-batches of a step it is the last step's.
+        norm = self.engine.get_global_grad_norm() if closes else None
         return StepResult(float(norm) if norm is not None else 0.0, self.engine.skipped_steps > before, learning_rate)
 
     def full_weight(self, parameter: nn.Parameter) -> torch.Tensor:

@@ -172,7 +172,7 @@ class Run:
         found = self.loader.micro_batches(step - 1)
         for batch in found if self.reference else ():
             self.reference.fetch(batch)
-        return found
+        return [batch.pinned() for batch in found] if torch.cuda.is_available() else found
 
     def save(self, state: dict[str, int]) -> Path | None:
         """Write a checkpoint and return it; None for a run without a folder."""

@@ -190,7 +190,8 @@ class PackedCausalLM(nn.Module):
             cu_seq_lens_q=batch.cu_seqlens, cu_seq_lens_k=batch.cu_seqlens,
             max_length_q=batch.max_seqlen, max_length_k=batch.max_seqlen, shared_prompts=batch.shared,
         ).last_hidden_state[0]  # fmt: skip
-        return hidden_TH.index_select(0, batch.loss_index_N)
+        # The last state of a shared prompt predicts the first token of each of its answers.
+        return attention.take(hidden_TH, batch.loss_index_N)
 
     @contextlib.contextmanager
     def generating(self) -> Iterator[PreTrainedModel]:

@@ -17,13 +17,10 @@ from torch.autograd.function import once_differentiable
 from unlearn_ds.config import UsageError
 from unlearn_ds.registry import KERNELS, resolve
 from unlearn_ds.types import LossOutput, PackedBatch, ReferenceRows
+from unlearn_ds.workspace import Plan, chunk_rows, rows_of_logits, wide_type
 
-CHUNK_BYTES = 24 * 2**20
-"""fp32 logits made at a time on the way to a gradient of a narrower type."""
 PANEL_BYTES = 16 * 2**20
 """Part of an LM head that is widened to fp32 at a time where the device cannot multiply bf16 into fp32."""
-MIN_ROWS = 8
-"""Of a block, however small the workspace."""
 
 
 class LogitMap(NamedTuple):
@@ -64,12 +61,6 @@ def resolve_kernel(name: str, device: torch.device) -> tuple[str, str]:
     if name != "auto":
         return name, "asked for"
     return ("torch", f"not triton: {missing}") if missing else ("triton", "the fastest")
-
-
-def workspace_bytes(mib: int, device_type: str, is_bf16: bool) -> int:
-    """Bytes of logits at a time; with 0 enough for the rows of a micro-batch in one block, so that the head's gradient
-    is one product. A CPU in fp32 adds products up as they are and takes small blocks: less memory, no slower."""
-    return 2**20 * (mib or (1536 if device_type != "cpu" else 128 if is_bf16 else 32))
 
 
 def masked_loss(
@@ -113,16 +104,15 @@ def token_statistics(
     Memory as in ``masked_loss``; logits are those of the cross-entropy rows there.
     """
     rows_of = resolve("kernel", options.kernel, KERNELS)
-    wide, vocab = _wide(hidden_NH), weight_VH.shape[0]
-    size = max(MIN_ROWS, min(options.workspace_bytes, _chunk_bytes(hidden_NH)) // (vocab * wide.itemsize))
-    size = min(size, max(1, targets_N.numel()))
-    outputs_CV = hidden_NH.new_empty(size, vocab, dtype=wide)
-    columns = [torch.empty(targets_N.shape, dtype=dtype, device=hidden_NH.device) for dtype in (wide, wide, torch.bool)]
-    for start in range(0, targets_N.numel(), size):
-        rows = slice(start, min(start + size, targets_N.numel()))
-        part_CV = outputs_CV[: rows.stop - rows.start]
-        _head_outputs(hidden_NH[rows], weight_VH, part_CV, exact=False)
-        found = rows_of.statistics(part_CV, targets_N[rows], **options.logits._asdict())
+    num_rows, wide = targets_N.numel(), wide_type(hidden_NH)
+    size = chunk_rows(hidden_NH, weight_VH.shape[0], options.workspace_bytes)
+    buffer_CV = rows_of_logits(hidden_NH, min(size, num_rows), weight_VH.shape[0], wide)
+    columns = [torch.empty_like(targets_N, dtype=dtype) for dtype in (wide, wide, torch.bool)]
+    for start in range(0, num_rows, size):
+        rows = slice(start, min(start + size, num_rows))
+        outputs_CV = buffer_CV[: rows.stop - rows.start]
+        _head_outputs(hidden_NH[rows], weight_VH, outputs_CV, exact=False)
+        found = rows_of.statistics(outputs_CV, targets_N[rows], **options.logits._asdict())
         for column, values in zip(columns, found, strict=True):
             column[rows] = values
     return TokenStatistics(*columns)
@@ -146,14 +136,6 @@ def _below_bound(
     return (sequence_means(loss_N, batch) < batch.bounds_S)[batch.sequence_N].to(batch.coefficients_N.dtype)
 
 
-def _wide(hidden_NH: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(hidden_NH.dtype, torch.float32)
-
-
-def _chunk_bytes(hidden_NH: torch.Tensor) -> int:
-    return CHUNK_BYTES if hidden_NH.device.type == "cpu" else 2**62
-
-
 def _head_outputs(hidden_CH: torch.Tensor, weight_VH: torch.Tensor, out_CV: torch.Tensor, exact: bool) -> None:
     """Write the outputs of the head in fp32 (or float64) to ``out_CV``.
 
@@ -173,69 +155,6 @@ def _head_outputs(hidden_CH: torch.Tensor, weight_VH: torch.Tensor, out_CV: torc
         out_CV.copy_(torch.mm(hidden_CH, weight_VH.t()))
 
 
-class _Block(NamedTuple):
-    """Rows whose gradients with respect to the logits exist together; KL rows begin at ``border``."""
-
-    start: int
-    border: int
-    stop: int
-
-
-def _blocks(num_rows: int, first_kl: int, bytes_ce: int, bytes_kl: int, workspace_bytes: int) -> list[_Block]:
-    """Cut the rows so that a block fits the workspace: a KL row needs the outputs of the reference too."""
-    blocks, start = [], 0
-    while start < num_rows:
-        num_ce = max(0, min(first_kl - start, max(MIN_ROWS, workspace_bytes // bytes_ce)))
-        border = start + num_ce
-        room = (workspace_bytes - num_ce * bytes_ce) // bytes_kl
-        num_kl = 0 if border < first_kl else min(num_rows - border, room if num_ce else max(MIN_ROWS, room))
-        blocks.append(_Block(start, border, border + max(0, num_kl)))
-        start = blocks[-1].stop
-    return blocks
-
-
-class _Workspace:
-    """The [rows, V] buffers of one loss: outputs of the policy, of the reference, and the gradient.
-
-    Where the kernel or equal types allow it the gradient lies over the outputs. Otherwise, on a CPU in bf16, outputs
-    are made in chunks that the allocator hands out again, and only the gradient waits for the products with a block.
-    """
-
-    def __init__(self, hidden_NH: torch.Tensor, vocab: int, num_rows: int, first_kl: int, in_place: bool, limit: int):
-        self.hidden_dtype, self.wide, self.vocab = hidden_NH.dtype, _wide(hidden_NH), vocab
-        self.over = in_place or self.hidden_dtype == self.wide
-        width = self.wide.itemsize * vocab
-        bytes_ce = width if self.over else self.hidden_dtype.itemsize * vocab
-        self.blocks = _blocks(num_rows, first_kl, bytes_ce, bytes_ce + (width if self.over else 0), limit)
-        largest = max((block.stop - block.start for block in self.blocks), default=0)
-        most_kl = max((block.stop - block.border for block in self.blocks), default=0)
-        self.chunk = largest if self.over else max(MIN_ROWS, min(limit // 8, CHUNK_BYTES) // width)
-        # Rows start at multiples of 32 bytes, whatever the vocabulary: an odd one halves the speed of a product.
-        padded = -(-vocab // 8) * 8
-        self._outputs = hidden_NH.new_empty(largest if self.over else min(self.chunk, largest), padded, dtype=self.wide)
-        self._reference = hidden_NH.new_empty(min(most_kl, self.chunk), padded, dtype=self.wide)
-        self._gradient = self._outputs if self.over else hidden_NH.new_empty(largest, padded)
-
-    def gradient(self, num_rows: int) -> torch.Tensor:
-        """Where the gradient of a block goes: [rows, V] in the type of the hidden states."""
-        return self._gradient[:num_rows].view(self.hidden_dtype)[:, : self.vocab]
-
-    def parts(self, block: _Block) -> list[tuple[slice, bool]]:
-        """(rows, whether they are KL rows) of what goes through the row kernel together."""
-        found = []
-        for start, stop, is_kl in ((block.start, block.border, False), (block.border, block.stop, True)):
-            found += [(slice(a, min(a + self.chunk, stop)), is_kl) for a in range(start, stop, self.chunk)]
-        return found
-
-    def outputs(self, rows: slice, block: _Block) -> torch.Tensor:
-        """Where the outputs of ``rows`` go: at their place in the block, or at the start of the chunk."""
-        offset = rows.start - block.start if self.over else 0
-        return self._outputs[offset : offset + rows.stop - rows.start, : self.vocab]
-
-    def reference(self, num_rows: int) -> torch.Tensor:
-        return self._reference[:num_rows, : self.vocab]
-
-
 class _MaskedLoss(torch.autograd.Function):
     """Loss and gradients in one pass over blocks of rows; ``backward`` only scales what ``forward`` stored."""
 
@@ -244,69 +163,84 @@ class _MaskedLoss(torch.autograd.Function):
         ctx: Any, hidden_NH, weight_VH, coefficients_N, targets_N, smoothing_N, reference_NH, reference_VH, options
     ):
         rows_of = resolve("kernel", options.kernel, KERNELS)
-        num_rows = targets_N.numel()
+        num_rows, vocab, wide = targets_N.numel(), weight_VH.shape[0], wide_type(hidden_NH)
         first_kl = num_rows - (0 if reference_NH is None else reference_NH.shape[0])
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        work = _Workspace(
-            hidden_NH, weight_VH.shape[0], num_rows, first_kl, rows_of.in_place, options.workspace_bytes
-        )  # fmt: skip
-        loss_N = torch.zeros(num_rows, dtype=work.wide, device=hidden_NH.device)
+        plan = Plan.of(hidden_NH, vocab, num_rows, first_kl, rows_of.in_place, options.workspace_bytes)
+        loss_N = torch.zeros(num_rows, dtype=wide, device=hidden_NH.device)
         grad_hidden = torch.empty_like(hidden_NH) if needs_hidden else None
         grad_weight = None
         if needs_weight:
             # One block is summed inside one matrix product; several are summed here, which needs fp32.
-            grad_weight = torch.empty_like(weight_VH, dtype=work.wide if len(work.blocks) > 1 else weight_VH.dtype)
-            if not work.blocks:
+            grad_weight = torch.empty_like(weight_VH, dtype=wide if len(plan.blocks) > 1 else weight_VH.dtype)
+            if not plan.blocks:
                 grad_weight.zero_()
-        for block in work.blocks:
-            gradient_BV = work.gradient(block.stop - block.start)
-            for rows, is_kl in work.parts(block):
-                outputs_CV, reference_CV = work.outputs(rows, block), None
+        for block in plan.blocks:
+            size = block.stop - block.start
+            block_CV = rows_of_logits(hidden_NH, size, vocab, wide if plan.over else hidden_NH.dtype)
+            gradient_CV = block_CV.view(hidden_NH.dtype)[:, :vocab]
+            for rows, is_kl in plan.parts(block):
+                mine = slice(rows.start - block.start, rows.stop - block.start)
+                outputs_CV = block_CV[mine] if plan.over else rows_of_logits(hidden_NH, _size(rows), vocab, wide)
                 _head_outputs(hidden_NH[rows], weight_VH, outputs_CV, exact=is_kl)
                 if is_kl:
-                    reference_CV = work.reference(rows.stop - rows.start)
                     there = slice(rows.start - first_kl, rows.stop - first_kl)
+                    reference_CV = rows_of_logits(hidden_NH, _size(rows), vocab, wide)
                     _head_outputs(reference_NH[there], reference_VH, reference_CV, exact=True)
-                loss_N[rows] = rows_of.losses(
-                    outputs_CV, targets_N[rows], coefficients_N[rows],
-                    gradient_BV[rows.start - block.start : rows.stop - block.start], reference_KV=reference_CV,
-                    smoothing_C=None if smoothing_N is None or is_kl else smoothing_N[rows], **options.logits._asdict(),
-                )  # fmt: skip
+                    loss_N[rows] = rows_of.forward_kl(
+                        outputs_CV, reference_CV, coefficients_N[rows], gradient_CV[mine], **options.logits._asdict()
+                    )
+                    del reference_CV
+                else:
+                    loss_N[rows] = rows_of.cross_entropy(
+                        outputs_CV, targets_N[rows], coefficients_N[rows], gradient_CV[mine],
+                        None if smoothing_N is None else smoothing_N[rows], **options.logits._asdict(),
+                    )  # fmt: skip
+                del outputs_CV
             rows = slice(block.start, block.stop)
             if needs_hidden:
-                torch.mm(gradient_BV, weight_VH, out=grad_hidden[rows])
+                torch.mm(gradient_CV, weight_VH, out=grad_hidden[rows])
             if needs_weight:
-                _add_product(grad_weight, gradient_BV, hidden_NH[rows], first=block.start == 0)
+                _add_product(grad_weight, gradient_CV, hidden_NH[rows], first=block.start == 0)
+            del block_CV, gradient_CV  # before the next block's are made
         # 0 * inf is NaN: rows that a bound has switched off may hold any loss without poisoning the sum.
         active_N = coefficients_N != 0
         loss = torch.where(active_N, loss_N * coefficients_N, 0.0).sum()
-        poison = torch.where(torch.isfinite(loss), 1.0, float("nan")).to(work.wide)
+        poison = torch.where(torch.isfinite(loss), 1.0, float("nan")).to(wide)
         ctx.save_for_backward(
             grad_hidden, grad_weight if grad_weight is None else grad_weight.to(weight_VH.dtype), poison
         )
-        ctx.scale_ = rows_of.scale_
+        ctx.scale_, ctx.spent = rows_of.scale_, False
         ctx.mark_non_differentiable(loss_N)
         return loss, loss_N
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss, _grad_rows):
+        if ctx.spent:
+            raise RuntimeError("Trying to backward through the loss a second time: its gradients were handed out")
+        ctx.spent = True  # what is stored is scaled in place
         grad_hidden, grad_weight, poison = ctx.saved_tensors
         scale = grad_loss * poison
         scaled = [None if g is None else ctx.scale_(g, scale) for g in (grad_hidden, grad_weight)]
         return (*scaled, None, None, None, None, None, None)
 
 
-def _add_product(total_VH: torch.Tensor, gradient_BV: torch.Tensor, hidden_BH: torch.Tensor, first: bool) -> None:
-    """Add gradient^T hidden to the weight's gradient, rounded to its type once."""
-    transposed = gradient_BV.t()
-    if total_VH.dtype == hidden_BH.dtype:
-        torch.addmm(total_VH, transposed, hidden_BH, beta=0 if first else 1, out=total_VH)
-    elif hidden_BH.device.type == "cuda":
-        torch.addmm(
-            total_VH, transposed, hidden_BH, out_dtype=total_VH.dtype, beta=0 if first else 1, out=total_VH
-        )  # fmt: skip
+def _size(rows: slice) -> int:
+    return rows.stop - rows.start
+
+
+def _add_product(total_VH: torch.Tensor, gradient_CV: torch.Tensor, hidden_CH: torch.Tensor, first: bool) -> None:
+    """Add gradient^T hidden to the weight's gradient; ``first``: there is nothing yet.
+
+    A CPU rounds each bf16 product on the way to an fp32 sum, so its workspace is made for one block.
+    """
+    transposed, beta = gradient_CV.t(), 0 if first else 1
+    if total_VH.dtype == hidden_CH.dtype:
+        torch.addmm(total_VH, transposed, hidden_CH, beta=beta, out=total_VH)
+    elif hidden_CH.device.type == "cuda":
+        torch.addmm(total_VH, transposed, hidden_CH, out_dtype=total_VH.dtype, beta=beta, out=total_VH)
     elif first:
-        total_VH.copy_(torch.mm(transposed, hidden_BH))
+        total_VH.copy_(torch.mm(transposed, hidden_CH))
     else:
-        total_VH += torch.mm(transposed, hidden_BH)
+        total_VH += torch.mm(transposed, hidden_CH)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,6 +18,8 @@ from unlearn_ds.config import UsageError
 from unlearn_ds.data.packing import Placed, kl_part, pack
 from unlearn_ds.types import EncodedRow, PackedBatch, ReferenceRows, Term
 
+FILE_BYTES = 2**28
+"""Of a file of the cache: what a killed run has to compute again."""
 NUM_VERIFIED = 4
 """Cached rows that are computed again whenever a cache is taken up."""
 
@@ -103,41 +108,74 @@ class CachedReference:
 def build_cache(
     folder: Path, hidden_rows: HiddenRows, rows: Sequence[EncodedRow], device: torch.device, rows_per_batch: int = 16
 ) -> None:
-    """Write the hidden states of ``rows``: each rank a strided share, in one file of its own.
+    """Write the hidden states of ``rows``: each rank a strided share, in files of its own.
 
     Every rank runs the same number of forwards, so the model may be sharded. Rows that are there already stay, and a
-    few of them are computed again: ``UsageError`` where they are not what this model gives.
+    few of them are computed again: ``UsageError``, on every rank, where they are not what this model gives.
     """
-    there = CachedReference(folder, None)
+    there = _Told(lambda: CachedReference(folder, None)).value
     distinct = list({row.key: row for row in rows}.values())
     known, missing = ([row for row in distinct if (row.key in there) is kept] for kept in (True, False))
-    dist.barrier()
+    # All ranks must see the same files, or they would not run the same forwards.
+    if len(set(dist.gather_objects([row.key for row in missing].__repr__()))) > 1:
+        raise UsageError(f"the reference cache {folder} is not the same on all nodes: it needs a folder they share")
     _verify(there, hidden_rows, known, device)
     if not missing:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     world, rank = dist.world_size(), dist.rank()
     tensors: dict[str, torch.Tensor] = {}
     for start in range(0, len(missing), rows_per_batch * world):
         # A rank without rows of its own in the last round repeats the first, so that all take part.
         mine = missing[start + rank : start + rows_per_batch * world : world] or missing[:1]
         tensors |= _computed(hidden_rows, mine, device)
-    index = folder / f"{missing[0].key}-{rank:05d}-of-{world:05d}.json"
-    try:
-        save_file(tensors, index.with_suffix(".safetensors"))
-        # Written last: states without an index are never looked for, so a killed run leaves nothing half done.
-        index.write_text(json.dumps(sorted(tensors)))
-    except (OSError, SafetensorError) as error:
-        raise UsageError(f"the reference cache cannot be written to {folder}: {error}") from error
+        if sum(x.nbytes for x in tensors.values()) > FILE_BYTES:
+            _write(folder, tensors)
+            tensors = {}
+    if tensors:
+        _write(folder, tensors)
     dist.barrier()
+
+
+class _Told:
+    """The result of something that each rank does alone; where it fails on one, ``UsageError`` on all of them."""
+
+    def __init__(self, call: Callable[[], Any]):
+        self.value, error = None, None
+        try:
+            self.value = call()
+        except UsageError as raised:
+            error = str(raised)
+        errors = [told for told in dist.gather_objects(error) if told]
+        if errors:
+            raise UsageError(errors[0])
 
 
 def _index(folder: Path) -> dict[str, Path]:
     """Row key -> file, of everything that is in a cache."""
     where: dict[str, Path] = {}
     for index in sorted(folder.glob("*.json")):
-        where.update(dict.fromkeys(json.loads(index.read_text()), index.with_suffix(".safetensors")))
+        try:
+            keys = json.loads(index.read_text())
+        except ValueError as error:
+            raise UsageError(f"the reference cache {index} cannot be read ({error}): delete {folder}") from error
+        where.update(dict.fromkeys(keys, index.with_suffix(".safetensors")))
     return where
+
+
+def _write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Add one file and its index, each whole or not at all: a killed run leaves nothing half done, and of two runs that
+    write the same rows the later one replaces the earlier one's files without touching what is mapped."""
+    path = folder / f"{next(iter(tensors))}-{dist.rank():05d}-of-{dist.world_size():05d}.safetensors"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as unfinished:
+            new, index = Path(unfinished, "new.safetensors"), Path(unfinished, "new.index")
+            save_file(tensors, new)
+            index.write_text(json.dumps(sorted(tensors)))
+            new.replace(path)
+            index.replace(path.with_suffix(".json"))
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"the reference cache cannot be written to {folder}: {error}") from error
 
 
 def _computed(hidden_rows: HiddenRows, rows: Sequence[EncodedRow], device: torch.device) -> dict[str, torch.Tensor]:
@@ -148,16 +186,20 @@ def _computed(hidden_rows: HiddenRows, rows: Sequence[EncodedRow], device: torch
 
 
 def _verify(there: CachedReference, hidden_rows: HiddenRows, rows: Sequence[EncodedRow], device: torch.device) -> None:
-    """Compare a few cached rows with what the model computes now; every rank compares the same ones."""
-    chosen = rows[:: max(1, len(rows) // NUM_VERIFIED)][:NUM_VERIFIED]
-    if not chosen:
+    """Compare a few cached rows, other ones each time, with what the model computes now."""
+    if not rows:
         return
-    for key, now in _computed(hidden_rows, chosen, device).items():
-        kept, tolerance = there.read(key), 1e-3 if now.dtype == torch.float32 else 3e-2
-        same_form = kept.shape == now.shape and kept.dtype == now.dtype
-        error = float((kept.double() - now.double()).norm() / now.double().norm()) if same_form else float("inf")
-        if not error <= tolerance:
-            raise UsageError(
-                f"the reference cache {there.folder} does not hold what this model computes (row {key} is off by "
-                f"{error:.1%}): delete that folder, and it will be made again"
-            )
+    seed = dist.gather_objects(random.randrange(2**31))[0]  # every rank compares the same ones
+    now = _computed(hidden_rows, random.Random(seed).sample(rows, min(NUM_VERIFIED, len(rows))), device)
+    _Told(lambda: [_compare(there, key, states) for key, states in now.items()])
+
+
+def _compare(there: CachedReference, key: str, now: torch.Tensor) -> None:
+    kept, tolerance = there.read(key), 1e-3 if now.dtype == torch.float32 else 3e-2
+    same_form = kept.shape == now.shape and kept.dtype == now.dtype
+    error = float((kept.double() - now.double()).norm() / now.double().norm()) if same_form else float("inf")
+    if not error <= tolerance:
+        raise UsageError(
+            f"the reference cache {there.folder} does not hold what this model computes (row {key} is off by "
+            f"{error:.1%}): delete that folder, and it will be made again"
+        )

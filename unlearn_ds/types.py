@@ -1,14 +1,15 @@
 """The values that travel between rooms, and the legend of shape suffixes.
 
 Shape legend: T tokens of a packed stream, S sequences in it, U tokens of those when each has a prompt of its own,
-N response tokens (rows of the loss), V vocabulary, H hidden size, B sequences of a padded batch, L its length.
+N response tokens (rows of the loss), C some of them at a time, V vocabulary, H hidden size, B sequences of a padded
+batch, L its length.
 ``hidden_NH`` is a [N, H] tensor; reductions drop letters.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -108,6 +109,8 @@ class PackedBatch:
     sequence_lengths_S: torch.Tensor
     """Number of response tokens of each sequence."""
     num_kl_rows: int
+    first_kl_token: int = 0
+    """Where the sequences with KL rows begin in the stream; they end it, and each has a prompt of its own."""
     kl_keys: list[str] = field(default_factory=list)
     """Content keys of the sequences with KL rows, in stream order (the cached reference looks them up)."""
     term_of_sequence: list[int] = field(default_factory=list)
@@ -129,10 +132,17 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> PackedBatch:
         """Return the batch with every tensor on ``device``."""
-        moved = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return self._each(lambda x: x.to(device, non_blocking=True))
+
+    def pinned(self) -> PackedBatch:
+        """Return the batch in memory that a GPU copies from without waiting."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> PackedBatch:
+        changed = {k: function(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         if self.shared is not None:
-            moved["shared"] = SharedPrompts(*(x.to(device, non_blocking=True) for x in self.shared))
-        return PackedBatch(**{**vars(self), **moved})
+            changed["shared"] = SharedPrompts(*map(function, self.shared))
+        return PackedBatch(**{**vars(self), **changed})
 
 
 class ReferenceRows(NamedTuple):

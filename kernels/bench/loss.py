@@ -174,7 +174,7 @@ def evaluate(name: str, given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tens
 
 
 def ours(given: dict[str, Any]) -> torch.Tensor:
-    from unlearn_ds import ops
+    from unlearn_ds import ops, workspace
     from unlearn_ds.types import PackedBatch, ReferenceRows
 
     parts, device = given["parts"], given["hidden"].device
@@ -191,7 +191,8 @@ def ours(given: dict[str, Any]) -> torch.Tensor:
         reference = ReferenceRows(given["reference_hidden"][parts["retain"]], given["reference_weight"])
     kernel, _ = ops.resolve_kernel("auto", device)
     options = ops.LossOptions(
-        workspace_bytes=ops.workspace_bytes(0, device.type, given["hidden"].dtype == torch.bfloat16), kernel=kernel
+        workspace_bytes=workspace.num_bytes(0, device.type, given["hidden"].dtype == torch.bfloat16),
+        kernel=kernel,
     )
     hidden = given["hidden"].index_select(0, places)
     return ops.masked_loss(hidden, given["weight"], batch, reference, options).loss

@@ -14,7 +14,19 @@ REPOSITORY = Path(__file__).parents[2]
 PACKAGE = "unlearn_ds"
 
 LEVELS = {
-    0: ["__init__", "config", "checks", "registry", "types", "presets", "studies", "arguments", "ds_json", "kernels"],
+    0: [
+        "__init__",
+        "config",
+        "checks",
+        "registry",
+        "types",
+        "presets",
+        "studies",
+        "arguments",
+        "ds_json",
+        "workspace",
+        "kernels",
+    ],  # fmt: skip
     1: ["dist", "log", "ops", "cost", "attention", "stopping"],
     2: ["model", "lora", "reference", "embedded", "data", "objectives", "metrics"],
     3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder", "generate"],

@@ -12,7 +12,9 @@ import pytest
 
 SCRIPT = Path(__file__).parents[1] / "ahead_of_time.py"
 CAPABILITIES = (80, 86, 89, 90, 100)
-KERNELS = ("losses", "losses_capped_smoothed", "statistics", "scale")
+KERNELS = (
+    "cross_entropy", "cross_entropy_capped_smoothed", "forward_kl", "forward_kl_capped", "statistics", "scale",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

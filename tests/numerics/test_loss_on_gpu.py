@@ -1,17 +1,11 @@
-"""The Triton path on a GPU: errors no larger than torch's own, memory within the workspace, no race, no waiting."""
+"""The loss on a GPU with each row kernel: errors no larger than torch's own, and a host that never waits."""
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from loss_cases import Case, Result, loss_batch, loss_options, make_case, ours, truth
+from loss_cases import Case, Result, make_case, ours, truth
 
-from unlearn_ds import ops
 from unlearn_ds.types import ReferenceRows
 
 pytestmark = [
@@ -39,33 +33,12 @@ def test_bf16_error_is_at_most_that_of_torch(rows, vocab, workspace_bytes):
         assert error <= allowed + 1e-3 * e.norm(), f"{name}: {error / e.norm():.1e} against {allowed / e.norm():.1e}"
 
 
-def test_identical_models_give_exactly_zero():
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "logit_scale": 0.5}], ids=["plain", "capped"])
+def test_identical_models_give_exactly_zero(options):
     case = on_gpu(make_case(0, 300, 32000, dtype=torch.bfloat16))
     case = case._replace(reference=ReferenceRows(case.hidden_NH.clone(), case.weight_VH.clone()))
-    result = ours(case)
+    result = ours(case, **options)
     assert result.loss == 0 and not result.grad_hidden.any() and not result.grad_weight.any()
-
-
-@pytest.mark.parametrize("rows", [(2048, 0), (1024, 1024)], ids=["ce", "mixed"])
-def test_peak_memory_stays_within_the_workspace_and_the_gradients(rows):
-    vocab, workspace = 32000, 128 * MIB
-    case = on_gpu(make_case(*rows, vocab, dtype=torch.bfloat16))
-    hidden, weight = case.hidden_NH.requires_grad_(), case.weight_VH.requires_grad_()
-
-    def call():
-        ops.masked_loss(
-            hidden, weight, case.batch, case.reference, loss_options(workspace_bytes=workspace)
-        ).loss.backward()
-
-    call()
-    hidden.grad = weight.grad = None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    beyond = torch.cuda.max_memory_allocated() - before
-    # fp32 sum of the head's gradient over blocks, its bf16 copy, and both hidden gradients.
-    assert beyond <= workspace + weight.numel() * 6 + 3 * hidden.nbytes + 2 * MIB
 
 
 def test_the_host_never_waits_for_the_device():
@@ -76,25 +49,3 @@ def test_the_host_never_waits_for_the_device():
         ours(case, outer=torch.tensor(-0.5, device="cuda"))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def test_more_elements_than_32_bits_can_count():
-    rows, vocab, width = 17_000, 131_072, 8
-    hidden = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(vocab, width, device="cuda", dtype=torch.bfloat16)
-    targets = torch.randint(vocab, (rows,), device="cuda")
-    batch = loss_batch(torch.full((rows,), 1 / rows), targets.cpu()).to(torch.device("cuda"))
-    case = Case(hidden, weight, batch, None)
-    result = ours(case, workspace_bytes=12 * 2**30)
-    last = torch.nn.functional.cross_entropy((hidden[-1:].float() @ weight.float().t()), targets[-1:])
-    torch.testing.assert_close(result.loss_N[-1], last, rtol=1e-3, atol=1e-3)
-
-
-@pytest.mark.parametrize("tool", ["racecheck", "memcheck"])
-def test_the_sanitizer_finds_nothing(tool):
-    if shutil.which("compute-sanitizer") is None:
-        pytest.skip("compute-sanitizer is not installed")
-    script = Path(__file__).parents[1] / "sanitized.py"
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, str(script)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import loss_cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from loss_cases import HIDDEN, Result, assert_close, loss_batch, loss_options, m
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unlearn_ds import ops
+from unlearn_ds.registry import KERNELS, resolve
 
 pytestmark = pytest.mark.usefixtures("kernel")
 ROWS = {"ce": (13, 0), "kl": (0, 9), "mixed": (13, 9), "one_ce": (1, 0), "one_kl": (0, 1)}
@@ -209,6 +211,38 @@ def test_bf16_error_is_at_most_twice_that_of_torch(rows, workspace_bytes):
 
 
 # What backward refuses
+
+
+@pytest.mark.parametrize("outer", [0.3, -1 / 3])
+def test_an_outer_factor_is_not_rounded_to_the_type_of_the_gradients(outer):
+    scale_ = resolve("kernel", loss_cases.KERNEL, KERNELS).scale_
+    ones = torch.ones(64, 64, dtype=torch.bfloat16)
+    numbers = torch.linspace(1, 2, 64 * 64).view(64, 64).bfloat16()
+    exact = numbers.double() * torch.tensor(outer).double()
+    actual = scale_(numbers.clone(), torch.tensor(outer)).double()
+    assert ((actual - exact).abs() <= 2**-7 * exact.abs()).all()  # one unit: the interpreter cuts instead of rounding
+    assert scale_(ones, torch.tensor(1.0)) is ones and (ones == 1).all()
+    rounded = numbers.double() * torch.tensor(outer).bfloat16().double()
+    assert (actual - exact).norm() < (actual - rounded).norm()
+
+
+def test_a_target_outside_the_vocabulary_is_no_silent_number():
+    case = make_case(4, 0, 123)
+    case.batch.targets_N[2] = -100
+    if loss_cases.KERNEL == "triton":  # a kernel cannot raise without the host waiting for it
+        result = ours(case)
+        assert torch.isnan(result.loss) and torch.isnan(result.grad_weight).all()
+    else:
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            ours(case)
+
+
+def test_a_backward_through_a_kept_graph_raises_too():
+    case = make_case(4, 0, 123)
+    loss = ops.masked_loss(case.hidden_NH.requires_grad_(), case.weight_VH, case.batch, None, loss_options()).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
 
 
 def test_a_second_backward_raises():

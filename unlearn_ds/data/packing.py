@@ -53,6 +53,7 @@ def pack(placed: Sequence[Placed], terms: Sequence[Term], share_prompts: bool = 
         bounds_S=torch.tensor(bounds, **real),
         sequence_lengths_S=torch.tensor(counts, **real),
         num_kl_rows=sum(len(item.row.answer_ids) for item in kl),
+        first_kl_token=len(stream.input_ids) - sum(len(item.row) for item in kl),
         kl_keys=[item.row.key for item in kl],
         term_of_sequence=[item.term for item in placed],
         shared=shared,
@@ -105,8 +106,7 @@ def pack_scored(rows: Sequence[EncodedRow]) -> PackedBatch:
 def kl_part(batch: PackedBatch) -> PackedBatch:
     """The sequences with KL rows alone, as the reference model needs them."""
     first = batch.cu_seqlens.numel() - 1 - len(batch.kl_keys)
-    # They end the stream, and each has a prompt of its own.
-    start = batch.num_tokens - int(batch.cu_seqlens[-1] - batch.cu_seqlens[first])
+    start = batch.first_kl_token
     rows = slice(batch.num_response_tokens - batch.num_kl_rows, None)
     cu_seqlens = batch.cu_seqlens[first:] - batch.cu_seqlens[first]
     return PackedBatch(

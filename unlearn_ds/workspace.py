@@ -1,0 +1,84 @@
+"""How many rows of logits exist at a time: the blocks and buffers of the loss."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+CHUNK_BYTES = 24 * 2**20
+"""fp32 logits made at a time on a CPU where they are of no use later: its allocator hands small memory out again."""
+MIN_ROWS = 8
+"""Of a block, however small the workspace."""
+
+
+def num_bytes(mib: int, device_type: str, is_bf16: bool) -> int:
+    """Bytes of logits at a time. 0: enough for a block of 1000 rows and more, so that the head's gradient is mostly one
+    product. A CPU in fp32 adds products up as they are and takes small blocks: less memory, no slower."""
+    return 2**20 * (mib or (1536 if device_type != "cpu" else 128 if is_bf16 else 32))
+
+
+def wide_type(hidden_NH: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(hidden_NH.dtype, torch.float32)
+
+
+def chunk_rows(hidden_NH: torch.Tensor, vocab: int, workspace_bytes: int) -> int:
+    """Rows whose outputs are made at a time where they are of no use later."""
+    limit = min(workspace_bytes, CHUNK_BYTES) if hidden_NH.device.type == "cpu" else workspace_bytes
+    return max(MIN_ROWS, limit // (wide_type(hidden_NH).itemsize * vocab))
+
+
+def rows_of_logits(like: torch.Tensor, num_rows: int, vocab: int, dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised [rows, V] whose rows start at multiples of at least 32 bytes, whatever V is: with odd rows,
+    products and loads are half as fast."""
+    return like.new_empty(num_rows, -(-vocab // 16) * 16, dtype=dtype)[:, :vocab]
+
+
+class Block(NamedTuple):
+    """Rows whose gradients with respect to the logits exist together; KL rows begin at ``border``."""
+
+    start: int
+    border: int
+    stop: int
+
+
+def cut_into_blocks(num_rows: int, first_kl: int, bytes_ce: int, bytes_kl: int, workspace_bytes: int) -> list[Block]:
+    """Cut the rows so that a block fits the workspace: a KL row needs the outputs of the reference too."""
+    blocks, start = [], 0
+    while start < num_rows:
+        num_ce = max(0, min(first_kl - start, max(MIN_ROWS, workspace_bytes // bytes_ce)))
+        border = start + num_ce
+        room = (workspace_bytes - num_ce * bytes_ce) // bytes_kl
+        num_kl = 0 if border < first_kl else min(num_rows - border, room if num_ce else max(MIN_ROWS, room))
+        blocks.append(Block(start, border, border + max(0, num_kl)))
+        start = blocks[-1].stop
+    return blocks
+
+
+class Plan(NamedTuple):
+    """How rows go through the workspace.
+
+    over: gradients lie over the outputs they come from, where the kernel or equal types allow it. Otherwise (bf16 in
+    the torch kernel) outputs are made in chunks, and only gradients wait for the products with a block.
+    """
+
+    blocks: list[Block]
+    over: bool
+    chunk: int
+
+    @classmethod
+    def of(cls, hidden_NH: torch.Tensor, vocab: int, num_rows: int, first_kl: int, in_place: bool, limit: int):
+        over = in_place or hidden_NH.dtype == wide_type(hidden_NH)
+        if over:
+            width = wide_type(hidden_NH).itemsize * vocab
+            return cls(cut_into_blocks(num_rows, first_kl, width, 2 * width, limit), True, max(1, num_rows))
+        chunk = chunk_rows(hidden_NH, vocab, limit // 4)  # of the policy and of the reference
+        width = hidden_NH.dtype.itemsize * vocab
+        return cls(cut_into_blocks(num_rows, first_kl, width, width, limit // 2), False, chunk)
+
+    def parts(self, block: Block) -> list[tuple[slice, bool]]:
+        """(rows, whether they are KL rows) of what goes through a row kernel together."""
+        found = []
+        for start, stop, is_kl in ((block.start, block.border, False), (block.border, block.stop, True)):
+            found += [(slice(a, min(a + self.chunk, stop)), is_kl) for a in range(start, stop, self.chunk)]
+        return found
