@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from loss_cases import Case, Result, make_case, ours, truth
@@ -11,6 +13,7 @@ from unlearn_ds.types import ReferenceRows
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="compiles kernels: run with -m gpu"),
     pytest.mark.usefixtures("kernel"),
 ]
 MIB = 2**20
