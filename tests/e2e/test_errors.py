@@ -200,6 +200,7 @@ def test_help_and_dry_run_answer_without_training(tmp_path, tiny_model_dir):
         assert f"{flag} " in done.stdout
     done = run(tmp_path, "--dry_run", "--model", tiny_model_dir, "--output_dir", tmp_path / "out")
     assert done.returncode == 0 and "memory plan" in done.stdout and not (tmp_path / "out").exists()
+    assert "reference of the KL" in done.stdout and "cached " in done.stdout and "right for" in done.stdout
 
 
 def test_a_machine_that_cannot_build_async_io_is_told_what_to_install_before_a_model_is_loaded(tmp_path, monkeypatch):

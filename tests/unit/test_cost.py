@@ -80,3 +80,19 @@ def test_with_lora_only_adapters_have_gradients_and_optimizer_states():
 def test_frozen_weights_cost_no_gradient_of_their_own():
     flops = cost.step_flops(SIZE, num_tokens=10, num_response_tokens=3, num_adapter=200)
     assert flops == 4 * (6_000 * 10 + 1_000 * 3) + 6 * 200 * 10
+
+
+def test_reference_modes_hold_the_model_in_one_place_or_none():
+    modes = cost.reference_modes(SIZE, bytes_per_weight=2, world_size=4)
+    share, head = 8_000 * 2 // 4, 1_000 * 2
+    held = {name: (mode.device, mode.host, mode.disk, mode.disk_per_token) for name, mode in modes.items()}
+    assert held == {
+        "cached": (head, 0, 0, 10 * 2), "resident": (share + head, 0, 0, 0), "offload": (head, share, 0, 0),
+        "nvme": (head, 0, share, 0),
+    }  # fmt: skip
+
+
+def test_with_lora_the_adapter_mode_holds_nothing_and_no_mode_a_head():
+    modes = cost.reference_modes(SIZE, bytes_per_weight=2, world_size=1, num_adapter=200)
+    assert next(iter(modes)) == "adapter" and modes["adapter"][:4] == (0, 0, 0, 0)
+    assert modes["cached"].device == modes["offload"].device == 0 and modes["resident"].device == 16_000
