@@ -125,7 +125,7 @@ class EngineConfig:
     nvme_path: str | None = knob(None, "folder on a local disk for the weights of --reference nvme")
     loss_workspace_mib: int = knob(
         0,
-        "MiB of logits that exist at a time; rows beyond go in blocks; 0: 1536 on a GPU, 128 on a CPU, 48 in fp32",
+        "MiB of logits that exist at a time; rows beyond go in blocks; 0: 1536 on a GPU, 128 on a CPU, 36 in fp32",
     )
     loss_kernel: str = knob("auto", "rows of logits: triton, torch, or auto: triton on a GPU")
     timeout_minutes: int = knob(30, "of collective operations before a run gives up on a silent rank")

@@ -15,7 +15,7 @@ MIN_ROWS = 8
 def num_bytes(mib: int, device_type: str, is_bf16: bool) -> int:
     """Bytes of logits at a time. 0: enough for a block of 1000 rows and more, so that the head's gradient is mostly one
     product. A CPU in fp32 adds products up as they are and takes small blocks: less memory, no slower."""
-    return 2**20 * (mib or (1536 if device_type != "cpu" else 128 if is_bf16 else 48))
+    return 2**20 * (mib or (1536 if device_type != "cpu" else 128 if is_bf16 else 36))
 
 
 def wide_type(hidden_NH: torch.Tensor) -> torch.dtype:

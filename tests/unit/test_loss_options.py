@@ -39,7 +39,7 @@ def test_every_kernel_keeps_the_contract(name):
 
 def test_the_workspace_follows_device_and_precision_unless_it_is_given():
     sizes = [workspace.num_bytes(0, *where) for where in (("cuda", True), ("cpu", True), ("cpu", False))]
-    assert sizes == [1536 * 2**20, 128 * 2**20, 48 * 2**20]
+    assert sizes == [1536 * 2**20, 128 * 2**20, 36 * 2**20]
     assert workspace.num_bytes(7, "cuda", True) == 7 * 2**20
 
 
