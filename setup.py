@@ -51,7 +51,14 @@ setup(
         "bertscore": ["bert-score>=0.3.13"],
         "bench": ["liger-kernel>=0.8", "cut-cross-entropy>=25.1", "trl>=1.16"],
         "lm-eval": ["lm-eval>=0.4.13"],
-        "dev": ["triton>=3.6", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.9", "mypy>=1.13", "build"],
+        "dev": [
+            "triton>=3.6; platform_system == 'Linux'",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.9",
+            "mypy>=1.13",
+            "build",
+        ],
     },
     classifiers=[
         "Programming Language :: Python :: 3.11",

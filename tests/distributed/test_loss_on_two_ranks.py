@@ -32,7 +32,6 @@ class Situation(NamedTuple):
     tied: bool = False
     frozen_head: bool = False
     outer: float = 1.0
-    softcap: float | None = None
 
 
 SITUATIONS = {
