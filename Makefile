@@ -25,7 +25,7 @@ train: setup
 	$(BIN)/deepspeed --quiet launchers/train.py --scenario $(SCENARIO) $(if $(findstring --resume,$(ARGS)),,--overwrite) $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest -c tests/pytest.ini tests -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -c tests/pytest.ini tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 	if command -v nvidia-smi > /dev/null; then $(BIN)/python -m pytest -c tests/pytest.ini tests -m gpu; fi
 
 lint: setup
