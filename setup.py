@@ -54,7 +54,7 @@ setup(
         "dev": [
             "triton>=3.6; platform_system == 'Linux'",
             "pytest>=8",
-            "pytest-xdist>=3.6",
+            "pytest-xdist>=3.7",
             "ruff>=0.9",
             "mypy>=1.13",
             "build",
