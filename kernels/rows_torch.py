@@ -151,7 +151,7 @@ def forward_kl(logits_CV: torch.Tensor, reference_CV: torch.Tensor) -> tuple[tor
 def _forward_kl_in(
     scratch: torch.Tensor, logits_CV: torch.Tensor, reference_CV: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """``forward_kl`` in a third of its time: without masks and in memory that is there. None where it cannot be.
+    """``forward_kl`` without masks, which are slow on a CPU, and in memory that is there. None where it cannot be.
 
     p - p_ref is p_ref * expm1(d). With t = d cut to the range of the series, exp(d) - 1 - d is the series at t plus the
     difference of the direct form between d and t, which is exactly 0 where nothing was cut.

@@ -113,11 +113,11 @@ def build_cache(
     Every rank runs the same number of forwards, so the model may be sharded. Rows that are there already stay, and a
     few of them are computed again: ``UsageError``, on every rank, where they are not what this model gives.
     """
-    there = _Told(lambda: CachedReference(folder, None)).value
+    there = _on_each_rank(lambda: CachedReference(folder, None))
     distinct = list({row.key: row for row in rows}.values())
     known, missing = ([row for row in distinct if (row.key in there) is kept] for kept in (True, False))
     # All ranks must see the same files, or they would not run the same forwards.
-    if len(set(dist.gather_objects([row.key for row in missing].__repr__()))) > 1:
+    if len(set(dist.gather_objects(tuple(row.key for row in missing)))) > 1:
         raise UsageError(f"the reference cache {folder} is not the same on all nodes: it needs a folder they share")
     _verify(there, hidden_rows, known, device)
     if not missing:
@@ -136,18 +136,17 @@ def build_cache(
     dist.barrier()
 
 
-class _Told:
+def _on_each_rank(call: Callable[[], Any]) -> Any:
     """The result of something that each rank does alone; where it fails on one, ``UsageError`` on all of them."""
-
-    def __init__(self, call: Callable[[], Any]):
-        self.value, error = None, None
-        try:
-            self.value = call()
-        except UsageError as raised:
-            error = str(raised)
-        errors = [told for told in dist.gather_objects(error) if told]
-        if errors:
-            raise UsageError(errors[0])
+    value, error = None, None
+    try:
+        value = call()
+    except UsageError as raised:
+        error = str(raised)
+    errors = [told for told in dist.gather_objects(error) if told]
+    if errors:
+        raise UsageError(errors[0])
+    return value
 
 
 def _index(folder: Path) -> dict[str, Path]:
@@ -191,7 +190,7 @@ def _verify(there: CachedReference, hidden_rows: HiddenRows, rows: Sequence[Enco
         return
     seed = dist.gather_objects(random.randrange(2**31))[0]  # every rank compares the same ones
     now = _computed(hidden_rows, random.Random(seed).sample(rows, min(NUM_VERIFIED, len(rows))), device)
-    _Told(lambda: [_compare(there, key, states) for key, states in now.items()])
+    _on_each_rank(lambda: [_compare(there, key, states) for key, states in now.items()])
 
 
 def _compare(there: CachedReference, key: str, now: torch.Tensor) -> None:

@@ -46,9 +46,14 @@ def test_identical_models_give_exactly_zero(options):
 
 def test_the_host_never_waits_for_the_device():
     case = on_gpu(make_case(64, 32, 32000, dtype=torch.bfloat16, lengths=[64, 32], bounds=[50.0, float("inf")]))
-    ours(case)
+    outer = torch.tensor(-0.5, device="cuda")
+    expected = ours(case, outer=outer)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ours(case, outer=torch.tensor(-0.5, device="cuda"))
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            outer.item()  # the mode is in force
+        result = ours(case, outer=outer)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    for actual, before in zip(result, expected, strict=True):
+        torch.testing.assert_close(actual, before)
