@@ -27,9 +27,9 @@ def main(*positional: str, **flags: object) -> None:
         log.quiet()
     run = arguments.for_machine(run, dist.computes_bf16())
     if run.dry_run:
-        from unlearn_ds import doctor
+        from unlearn_ds import plan
 
-        doctor.dry_run(run)
+        plan.dry_run(run)
         return
     run_folder.check(run)
     from unlearn_ds import trainer

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from unlearn_ds import build, checkpoint, cost, dist, engine, log, lora, ops, run_folder
+from unlearn_ds import build, checkpoint, dist, engine, log, lora, ops, run_folder
 from unlearn_ds import model as models
 from unlearn_ds.config import RunConfig
+from unlearn_ds.cost import devices, flops
 from unlearn_ds.data.loader import Loader
 from unlearn_ds.evaluate import Answers, Evaluator
 from unlearn_ds.stopping import Stop, Stopping
@@ -54,7 +55,7 @@ class Run:
         self._pool, self._ahead = ThreadPoolExecutor(1, "batches"), {}
         self.size = models.size(self.policy.model.config)
         self.num_adapter = lora.size(self.policy.model.config, self.config.lora)
-        self.peak_flops = cost.peak_flops(engine.device_name())
+        self.peak_flops = devices.peak_flops(engine.device_name())
 
     def begin(self, state: dict[str, Any] | None) -> None:
         """Evaluate before the first step, or take up state and record of the run that is being resumed."""
@@ -146,7 +147,7 @@ class Run:
             counted += torch.cat([term_values(loss_N, batch, self.loader.terms), counts])
         *values, tokens, response_tokens, stopping = dist.sums([*counted.tolist(), stop_asked], device)
         seconds = time.perf_counter() - began
-        flops = cost.step_flops(self.size, tokens, response_tokens, self.num_adapter) / dist.world_size()
+        num_flops = flops.step_flops(self.size, tokens, response_tokens, self.num_adapter) / dist.world_size()
         line: dict[str, Any] = {"step": step, "loss": 0.0}
         for term, value in zip(self.loader.terms, values, strict=True):
             line[f"loss_{term.name}"] = math.copysign(value, term.weight) / dist.world_size()
@@ -154,8 +155,8 @@ class Run:
         return line | {
             "grad_norm": result.grad_norm, "lr": result.learning_rate, "skipped": result.skipped,
             "tokens": int(tokens), "response_tokens": int(response_tokens), "tokens_per_second": tokens / seconds,
-            "step_seconds": seconds, "tflops_per_device": flops / seconds / 1e12,
-            "mfu": flops / seconds / self.peak_flops if self.peak_flops else None,
+            "step_seconds": seconds, "tflops_per_device": num_flops / seconds / 1e12,
+            "mfu": num_flops / seconds / self.peak_flops if self.peak_flops else None,
             "peak_memory_bytes": engine.peak_memory_bytes(device),
         }, bool(stopping)  # fmt: skip
 

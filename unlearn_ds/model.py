@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from unlearn_ds import attention, lora, ops
 from unlearn_ds.config import UsageError
-from unlearn_ds.cost import ModelSize
+from unlearn_ds.cost.flops import ModelSize
 from unlearn_ds.types import PackedBatch, ReferenceRows
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from unlearn_ds import cost
+from unlearn_ds.cost import devices, flops, memory
 
-SIZE = cost.ModelSize(body=6_000, head=1_000, total=8_000, num_layers=2, hidden_size=10, vocab_size=100)
+SIZE = flops.ModelSize(body=6_000, head=1_000, total=8_000, num_layers=2, hidden_size=10, vocab_size=100)
 PLAN = {
     "stage": 3, "world_size": 4, "bytes_per_weight": 2, "reference": "offload", "num_tokens": 100,
     "checkpointing": False, "workspace_bytes": 5_000,
@@ -12,34 +12,35 @@ PLAN = {
 
 
 def test_the_body_meets_every_token_and_the_head_response_tokens_only():
-    assert cost.step_flops(SIZE, num_tokens=10, num_response_tokens=3) == 6 * (6_000 * 10 + 1_000 * 3)
+    assert flops.step_flops(SIZE, num_tokens=10, num_response_tokens=3) == 6 * (6_000 * 10 + 1_000 * 3)
 
 
 def test_the_longest_known_name_decides_and_an_unknown_device_has_no_peak():
-    assert cost.peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert cost.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert cost.peak_flops("NVIDIA GB200") == 2500e12
-    assert cost.peak_flops("cpu") is None
+    assert devices.peak_flops("NVIDIA H100 PCIe") == 756e12
+    assert devices.peak_flops("NVIDIA H100 80GB HBM3") == 989e12
+    assert devices.peak_flops("NVIDIA GB200") == 2500e12
+    assert devices.peak_flops("cpu") is None
 
 
 @pytest.mark.parametrize(("stage", "shares"), [(0, (1, 1, 1)), (1, (1, 1, 4)), (2, (1, 4, 4)), (3, (4, 4, 4))])
 def test_each_stage_divides_one_more_state(stage, shares):
-    plan = cost.memory_plan(SIZE, **{**PLAN, "stage": stage})
+    plan = memory.memory_plan(SIZE, **{**PLAN, "stage": stage})
     states = (plan["weights"], plan["gradients"], plan["optimizer, fp32 master and two moments"])
     assert states == (16_000 // shares[0], 16_000 // shares[1], 96_000 // shares[2])
 
 
 def test_fp32_has_no_master_copy():
-    assert cost.memory_plan(SIZE, **{**PLAN, "bytes_per_weight": 4})["optimizer, fp32 master and two moments"] == 16_000
+    plan = memory.memory_plan(SIZE, **{**PLAN, "bytes_per_weight": 4})
+    assert plan["optimizer, fp32 master and two moments"] == 16_000
 
 
 def test_checkpointing_keeps_one_seventeenth_of_the_activations():
-    kept = [cost.memory_plan(SIZE, **{**PLAN, "checkpointing": on})["activations"] for on in (False, True)]
+    kept = [memory.memory_plan(SIZE, **{**PLAN, "checkpointing": on})["activations"] for on in (False, True)]
     assert kept == [34 * 100 * 10 * 2, 2 * 100 * 10 * 2]
 
 
 def test_what_is_offloaded_is_named_as_host_memory():
-    plan = cost.memory_plan(SIZE, **PLAN, offload_param=True, offload_optimizer=True)
+    plan = memory.memory_plan(SIZE, **PLAN, offload_param=True, offload_optimizer=True)
     assert {name for name in plan if "host" in name} == {
         "weights (host memory)", "optimizer, fp32 master and two moments (host memory)", "reference (host memory)",
     }  # fmt: skip
@@ -56,7 +57,7 @@ def test_what_is_offloaded_is_named_as_host_memory():
     ],
 )
 def test_each_reference_has_its_place(mode, keys):
-    assert {name for name in cost.memory_plan(SIZE, **{**PLAN, "reference": mode}) if "reference" in name} == keys
+    assert {name for name in memory.memory_plan(SIZE, **{**PLAN, "reference": mode}) if "reference" in name} == keys
 
 
 @pytest.mark.parametrize(
@@ -64,12 +65,12 @@ def test_each_reference_has_its_place(mode, keys):
     [("adapter", set()), ("cached", set()), ("nvme", {"reference (disk)"}), ("offload", {"reference (host memory)"})],
 )
 def test_with_lora_no_reference_needs_a_head_of_its_own_and_the_adapter_needs_nothing(mode, keys):
-    plan = cost.memory_plan(SIZE, **{**PLAN, "reference": mode}, num_adapter=200)
+    plan = memory.memory_plan(SIZE, **{**PLAN, "reference": mode}, num_adapter=200)
     assert {name for name in plan if "reference" in name} == keys
 
 
 def test_with_lora_only_adapters_have_gradients_and_optimizer_states():
-    plan = cost.memory_plan(SIZE, **{**PLAN, "stage": 0}, num_adapter=200)
+    plan = memory.memory_plan(SIZE, **{**PLAN, "stage": 0}, num_adapter=200)
     assert plan["weights"] == (8_000 + 200) * 2
     assert plan["gradients"] == 200 * 2
     assert plan["optimizer, fp32 master and two moments"] == 200 * 12
@@ -78,12 +79,12 @@ def test_with_lora_only_adapters_have_gradients_and_optimizer_states():
 
 
 def test_frozen_weights_cost_no_gradient_of_their_own():
-    flops = cost.step_flops(SIZE, num_tokens=10, num_response_tokens=3, num_adapter=200)
-    assert flops == 4 * (6_000 * 10 + 1_000 * 3) + 6 * 200 * 10
+    counted = flops.step_flops(SIZE, num_tokens=10, num_response_tokens=3, num_adapter=200)
+    assert counted == 4 * (6_000 * 10 + 1_000 * 3) + 6 * 200 * 10
 
 
 def test_reference_modes_hold_the_model_in_one_place_or_none():
-    modes = cost.reference_modes(SIZE, bytes_per_weight=2, world_size=4)
+    modes = memory.reference_modes(SIZE, bytes_per_weight=2, world_size=4)
     share, head = 8_000 * 2 // 4, 1_000 * 2
     held = {name: (mode.device, mode.host, mode.disk, mode.disk_per_token) for name, mode in modes.items()}
     assert held == {
@@ -93,6 +94,6 @@ def test_reference_modes_hold_the_model_in_one_place_or_none():
 
 
 def test_with_lora_the_adapter_mode_holds_nothing_and_no_mode_a_head():
-    modes = cost.reference_modes(SIZE, bytes_per_weight=2, world_size=1, num_adapter=200)
+    modes = memory.reference_modes(SIZE, bytes_per_weight=2, world_size=1, num_adapter=200)
     assert next(iter(modes)) == "adapter" and modes["adapter"][:4] == (0, 0, 0, 0)
     assert modes["cached"].device == modes["offload"].device == 0 and modes["resident"].device == 16_000

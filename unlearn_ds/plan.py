@@ -1,4 +1,4 @@
-"""Preflight: what a run would do and whether it fits, without loading any weights."""
+"""``--dry_run``: what a run would do and whether it fits, without loading any weights."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 
 from transformers.utils.logging import disable_progress_bar
 
-from unlearn_ds import cost, dist, ds_json, embedded, log, lora, workspace
+from unlearn_ds import dist, ds_json, embedded, log, lora, workspace
 from unlearn_ds import model as models
 from unlearn_ds.config import EMBEDDED_MODEL, RunConfig, to_dict
+from unlearn_ds.cost import flops, memory
 from unlearn_ds.registry import OBJECTIVES, resolve
 
 
@@ -24,7 +25,7 @@ def dry_run(config: RunConfig) -> None:
     log.say(json.dumps(to_dict(config), indent=1))
     log.say(f"DeepSpeed configuration of the policy ({config.engine.ds_config}):")
     log.say(json.dumps(ds_json.for_policy(values, config.optim, size.hidden_size), indent=1))
-    plan = memory(config, values, size, lora.size(architecture, config.lora))
+    plan = memory_plan(config, values, size, lora.size(architecture, config.lora))
     log.say(f"memory plan of one device of {world_size()}, {size.total / 1e6:,.1f}M parameters:")
     for name, count in plan.items():
         log.say(f"  {name:<50} {count / 2**30:9.2f} GiB")
@@ -33,11 +34,11 @@ def dry_run(config: RunConfig) -> None:
     say_reference_modes(config, values, size, lora.size(architecture, config.lora))
 
 
-def say_reference_modes(config: RunConfig, values: dict, size: cost.ModelSize, num_adapter: int) -> None:
+def say_reference_modes(config: RunConfig, values: dict, size: flops.ModelSize, num_adapter: int) -> None:
     """What each home of the reference would hold on a device, and when it is the right one."""
     if not any(term.loss == "kl" for term in resolve("objective", config.objective.name, OBJECTIVES)(config.objective)):
         return
-    modes = cost.reference_modes(
+    modes = memory.reference_modes(
         size, bytes_per_weight=2 if ds_json.is_bf16(values) else 4, world_size=world_size(), num_adapter=num_adapter
     )
     log.say(f"reference of the KL, GiB of one device (this run: {config.engine.reference}):")
@@ -49,7 +50,7 @@ def say_reference_modes(config: RunConfig, values: dict, size: cost.ModelSize, n
         log.say(f"  {name:<10}{device:>8}{host:>8}{disk:>8}  {mode.right_when}")
 
 
-def memory(config: RunConfig, values: dict, size: cost.ModelSize, num_adapter: int = 0) -> dict[str, int]:
+def memory_plan(config: RunConfig, values: dict, size: flops.ModelSize, num_adapter: int = 0) -> dict[str, int]:
     """The memory plan of a configuration, for micro-batches as long as rows are allowed to be.
 
     num_adapter: parameters of its LoRA adapters."""
@@ -57,7 +58,7 @@ def memory(config: RunConfig, values: dict, size: cost.ModelSize, num_adapter: i
     per_term = {"forget": optim.batch_size, "retain": optim.retain_batch_size}
     per_term["mismatch"] = optim.batch_size * config.objective.num_mismatch
     rows = sum(per_term[term.rows] for term in terms)
-    return cost.memory_plan(
+    return memory.memory_plan(
         size, stage=ds_json.stage(values), world_size=world_size(),
         bytes_per_weight=2 if ds_json.is_bf16(values) else 4,
         reference=config.engine.reference if any(term.loss == "kl" for term in terms) else None,

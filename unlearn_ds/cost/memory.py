@@ -1,45 +1,10 @@
-"""FLOPs of a step, peak speeds of devices, and the memory plan of a run. Arithmetic only."""
+"""The memory plan of a run, and what each home of the reference holds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
-PEAK_TFLOPS: Mapping[str, float] = {
-    "A100": 312, "A800": 312, "H100 PCIe": 756, "H100": 989, "H800": 989, "H200": 989, "H20": 148, "L40S": 362,
-    "A40": 149.7, "A6000": 154.8, "B200": 2250, "GB200": 2500, "MI300X": 1307,
-}  # fmt: skip
-"""Dense bf16 peak by name of the device, from the vendors' data sheets."""
-
-
-def peak_flops(device_name: str) -> float | None:
-    """Peak of a device in FLOP/s; None when unknown, so that nobody reads a utilisation of 0."""
-    names = sorted((name for name in PEAK_TFLOPS if name in device_name), key=len)
-    return PEAK_TFLOPS[names[-1]] * 1e12 if names else None
-
-
-class ModelSize(NamedTuple):
-    """Parameters in matrix products: of the body, run on every token, and of the LM head, run on response tokens.
-
-    total: all parameters, embeddings included."""
-
-    body: int
-    head: int
-    total: int
-    num_layers: int
-    hidden_size: int
-    vocab_size: int
-
-
-def step_flops(size: ModelSize, num_tokens: int, num_response_tokens: int, num_adapter: int = 0) -> float:
-    """Model FLOPs of training on so many tokens: forward 2 and backward 4 for each parameter a token meets.
-
-    With ``num_adapter`` parameters of LoRA adapters, the frozen weights cost 4: their own gradient is never made.
-    Attention scores, recomputation and the reference are left out, as in model-FLOPs utilisation.
-    """
-    per_weight = 4.0 if num_adapter else 6.0
-    met = size.body * num_tokens + size.head * num_response_tokens
-    return per_weight * met + 6.0 * num_adapter * num_tokens
+from unlearn_ds.cost.flops import ModelSize
 
 
 def memory_plan(

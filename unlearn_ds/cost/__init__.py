@@ -1,0 +1,1 @@
+"""What a run costs, worked out without running it. Arithmetic only."""
