@@ -41,8 +41,17 @@ def locate(model: str) -> str:
     target = cache_folder() / f"{EMBEDDED_MODEL}-0.1.2"
     if dist.is_main() and not (target / "config.json").exists():
         _convert(find_gguf(), target)
-    dist.barrier()
+    check_shared(target)
     return str(target)
+
+
+def check_shared(path: Path) -> None:
+    """Raise ``UsageError`` on all ranks unless what the main rank has written is there on every one of them."""
+    dist.barrier()
+    if not all(dist.gather_objects((path / "config.json").exists())):
+        raise UsageError(
+            f"{path} is not on every node: UNLEARN_DS_CACHE must name a folder on a disk that all nodes share."
+        )
 
 
 def _convert(gguf: Path, target: Path) -> None:
