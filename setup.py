@@ -59,6 +59,8 @@ setup(
             "ruff>=0.9",
             "mypy>=1.13",
             "build",
+            "kubernetes-validate>=1.31",
+            "kubeflow-trainer-api>=2.0",
         ],
     },
     classifiers=[

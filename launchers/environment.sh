@@ -6,6 +6,8 @@ export TORCH_NCCL_ASYNC_ERROR_HANDLING="${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}"
 export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
 export TORCH_FR_BUFFER_SIZE="${TORCH_FR_BUFFER_SIZE:-2000}"
 export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+# torch warns of hosts without a reverse name, on every connection.
+export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 # Packed batches have another length at every step, which splits the blocks of a fixed-size allocator.
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 cores=$(nproc)
@@ -42,6 +44,13 @@ hosts_of() { sed -e 's/#.*//' -e 's/[[:space:]]*$//' "$1" | awk 'NF { print $1 }
 
 # Ranks that a DeepSpeed hostfile has room for.
 slots_of() { sed -e 's/#.*//' "$1" | awk 'NF { split($2, part, "="); total += part[2] } END { print total + 0 }'; }
+
+# A port that is free on a host: one that an earlier run used can stay taken for minutes.
+free_port_on() {
+  ssh -o BatchMode=yes -o ConnectTimeout=10 "$1" "$PYTHON" - <<< \
+    'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])' ||
+    fail "ssh $1 does not work; python -m unlearn_ds.doctor --hostfile FILE says why"
+}
 
 fail() {
   echo "error: $1" >&2

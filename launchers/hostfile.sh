@@ -15,13 +15,8 @@ mapfile -t HOSTS < <(hosts_of "$HOSTFILE")
 ((${#HOSTS[@]})) || fail "$HOSTFILE names no host; a line is: name slots=8"
 
 export MASTER_ADDR="${MASTER_ADDR:-${HOSTS[0]}}"
-if [[ -z ${MASTER_PORT:-} ]]; then
-  # A port that an earlier run used can stay taken for minutes.
-  MASTER_PORT=$(ssh -o BatchMode=yes -o ConnectTimeout=10 "${HOSTS[0]}" "$PYTHON" - <<< \
-    'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])') ||
-    fail "ssh ${HOSTS[0]} does not work; python -m unlearn_ds.doctor --hostfile $HOSTFILE says why"
-  export MASTER_PORT
-fi
+MASTER_PORT="${MASTER_PORT:-$(free_port_on "${HOSTS[0]}")}"
+export MASTER_PORT
 if [[ ${UNLEARN_DS_DOCTOR:-on} != off ]]; then
   "$PYTHON" -m unlearn_ds.doctor --hostfile "$HOSTFILE" --master_port "$MASTER_PORT" "$@"
 fi

@@ -13,7 +13,8 @@ mapfile -t HOSTS < <(hosts_of "$HOSTFILE")
 ((${#HOSTS[@]})) || fail "$HOSTFILE names no host; a line is: name slots=8"
 
 export MASTER_ADDR="${MASTER_ADDR:-${HOSTS[0]}}"
-export MASTER_PORT="${MASTER_PORT:-29500}"
+MASTER_PORT="${MASTER_PORT:-$(free_port_on "${HOSTS[0]}")}"
+export MASTER_PORT
 if [[ ${UNLEARN_DS_DOCTOR:-on} != off ]]; then
   "$PYTHON" -m unlearn_ds.doctor --hostfile "$HOSTFILE" --master_port "$MASTER_PORT" "$@"
 fi

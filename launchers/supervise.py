@@ -94,6 +94,14 @@ def supervise(command: Sequence[str], ranks_elsewhere: bool) -> int:
         return exit_code(returned, read(folder, "code"), len(read(folder, "pid")))
 
 
+def run(command: Sequence[str], ranks_elsewhere: bool) -> int:
+    """``supervise``, and a last line where launchers speak of signals and process numbers only."""
+    code = supervise(command, ranks_elsewhere)
+    if code == LOST:
+        print("error: a rank was lost. Run again with --resume auto.", file=sys.stderr)
+    return code
+
+
 def main(arguments: Sequence[str]) -> int:
     ranks_elsewhere = arguments[:1] == ["--ranks_elsewhere"]
     command = arguments[1:] if ranks_elsewhere else arguments
@@ -102,10 +110,10 @@ def main(arguments: Sequence[str]) -> int:
         return USAGE
     pid_file = os.environ.pop(PID_FILE, None)
     if pid_file is None:
-        return supervise(command, ranks_elsewhere)
+        return run(command, ranks_elsewhere)
     Path(pid_file).write_text(str(os.getpid()))
     try:
-        return supervise(command, ranks_elsewhere)
+        return run(command, ranks_elsewhere)
     finally:
         Path(pid_file).unlink(missing_ok=True)
 

@@ -13,6 +13,7 @@ from typing import Any
 from harness import REPOSITORY, ds_config, environment, write_data
 
 NUM_NODES, NUM_STEPS = 3, 4
+FREE_PORT = "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])"
 
 
 class Cluster:
@@ -55,21 +56,26 @@ class Cluster:
         """Exit code and output of a command on a node."""
         return wait(self.start(node, command, **variables), timeout)
 
-    def python_on(self, node: str, words: str) -> list[int]:
-        """Processes on a node whose command line holds ``words``, as numbers of this machine."""
+    def free_port(self, node: str = "node1") -> str:
+        """A port that is free on a node."""
+        code, output = self.run(node, [sys.executable, "-c", FREE_PORT])
+        assert code == 0, output
+        return output.strip()
+
+    def ranks_on(self, node: str) -> list[int]:
+        """Processes of ranks on a node, as numbers of this machine."""
         network = os.readlink(f"/proc/{(self.folder / f'{node}.pid').read_text().strip()}/ns/net")
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            try:
-                here = os.readlink(process / "ns" / "net") == network
-                line = (process / "cmdline").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            # Launchers have the script on their command line too.
-            script = next((word for word in line[1:] if not word.startswith(b"-")), b"").decode()
-            if here and script.endswith(words):
-                found.append(int(process.name))
-        return found
+        return [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if is_rank(pid, network)]
+
+
+def is_rank(pid: int, network: str) -> bool:
+    """True for a process in that network whose script is train.py; launchers have it further on in their arguments."""
+    try:
+        line = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        scripts = [word for word in line[1:] if not word.startswith("-")]
+        return os.readlink(f"/proc/{pid}/ns/net") == network and scripts[0].endswith("launchers/train.py")
+    except (OSError, IndexError):  # it has ended meanwhile
+        return False
 
 
 def wait(process: subprocess.Popen[str], timeout: int = 180) -> tuple[int, str]:

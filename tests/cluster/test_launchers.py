@@ -38,7 +38,7 @@ def test_the_deepspeed_launcher_itself(cluster, one_node, tmp_path):
     """As its users start it: without a script of ours, and so without what those add."""
     code, output = cluster.run("node1", [
         Path(sys.executable).parent / "deepspeed", "--quiet", "--hostfile", plain_hostfile(cluster),
-        "--master_port", free_port(cluster), "launchers/train.py", *cluster.flags(tmp_path / "out"),
+        "--master_port", cluster.free_port(), "launchers/train.py", *cluster.flags(tmp_path / "out"),
     ], DS_ENV_FILE=str(deepspeed_env(cluster)))  # fmt: skip
     assert code == 0, output
     same_numbers(metrics(tmp_path / "out"), one_node[2])
@@ -46,7 +46,7 @@ def test_the_deepspeed_launcher_itself(cluster, one_node, tmp_path):
 
 def test_without_ssh(cluster, one_node, tmp_path):
     flags = cluster.flags(tmp_path / "out")
-    hostfile, port = cluster.hostfile(*nodes(2)), free_port(cluster)
+    hostfile, port = cluster.hostfile(*nodes(2)), cluster.free_port()
     processes = [
         cluster.start(node, ["bash", "launchers/no_ssh.sh", hostfile, *flags], MASTER_PORT=port) for node in nodes(2)
     ]
@@ -55,7 +55,7 @@ def test_without_ssh(cluster, one_node, tmp_path):
 
 
 def test_torchrun(cluster, one_node, tmp_path):
-    flags, port = cluster.flags(tmp_path / "out"), free_port(cluster)
+    flags, port = cluster.flags(tmp_path / "out"), cluster.free_port()
     processes = [
         cluster.start(
             node, ["bash", "launchers/torchrun.sh", *flags],
@@ -69,7 +69,7 @@ def test_torchrun(cluster, one_node, tmp_path):
 
 def test_mpi(cluster, one_node, tmp_path):
     command = ["bash", "launchers/mpi.sh", cluster.hostfile(*nodes(2)), *cluster.flags(tmp_path / "out")]
-    code, output = cluster.run("node1", command, MASTER_PORT=free_port(cluster))
+    code, output = cluster.run("node1", command, MASTER_PORT=cluster.free_port())
     assert code == 0, output
     same_numbers(metrics(tmp_path / "out"), one_node[2])
 
@@ -87,16 +87,6 @@ def test_srun_alone(cluster, one_node, tmp_path):
     code, output = cluster.run("node1", [*command, *cluster.flags(tmp_path / "out")])
     assert code == 0, output
     same_numbers(metrics(tmp_path / "out"), one_node[2])
-
-
-def free_port(cluster):
-    """A port that is free on node1."""
-    code, output = cluster.run(
-        "node1",
-        [sys.executable, "-c", "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])"],
-    )
-    assert code == 0, output
-    return output.strip()
 
 
 def plain_hostfile(cluster):
