@@ -25,11 +25,13 @@ LEVELS = {
         "arguments",
         "ds_json",
         "workspace",
+        "versions",
+        "local_files",
         "kernels",
     ],  # fmt: skip
     1: ["dist", "log", "ops", "cost", "attention", "stopping"],
     2: ["model", "lora", "reference", "embedded", "data", "objectives", "metrics"],
-    3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder", "generate"],
+    3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder", "generate", "preflight"],
     4: ["evaluate", "plan", "doctor", "build", "prepare", "own_answers", "export", "comparison"],
     5: ["loop"],
     6: ["memorize"],
@@ -37,12 +39,23 @@ LEVELS = {
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
 
-NEIGHBOURS = {("reference", "data.packing"), ("model", "lora")}
+NEIGHBOURS = {("reference", "data.packing"), ("model", "lora"), ("doctor", "plan")}
 """(room, module) of one level that may be imported all the same."""
 
 LAUNCHERS_MAY_IMPORT = {"trainer", "doctor", "plan", "cost", "dist", "log", "run_folder", "comparison", *LEVELS[0]}
 
-WITHOUT_TORCH = {"config", "checks", "registry", "presets", "studies", "arguments", "ds_json", "stopping"}
+WITHOUT_TORCH = {
+    "config",
+    "checks",
+    "registry",
+    "presets",
+    "studies",
+    "arguments",
+    "ds_json",
+    "stopping",
+    "versions",
+    "local_files",
+}
 """The command line must answer before torch is loaded."""
 
 THIRD_PARTY = {0: {"torch", "triton"}, 1: {"torch", "triton", "rich", "tqdm", "tensorboard", "flash_attn"}}
