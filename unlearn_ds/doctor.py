@@ -33,7 +33,7 @@ the node of every rank is; otherwise this machine alone.
 
   --hostfile FILE     'HOST slots=N' lines, as DeepSpeed reads them
   --include, --exclude HOST[:SLOT,...]@HOST...   as the deepspeed launcher takes them
-  --master_addr A     address of the first node; default: the first of its hostname -I
+  --master_addr A     address of the first node; default: MASTER_ADDR, or the first of its hostname -I
   --master_port P     port of the main rank [29500]
   --ssh_port P        of the sshd of every node
   --bandwidth         measure all-reduce between the nodes, one rank each; among launched ranks it is the default
@@ -101,12 +101,13 @@ def examine_nodes(config: RunConfig, flags: dict[str, Any], options: Options) ->
     hosts = hostfile.chosen(hosts, options.include, options.exclude) if hosts else {socket.gethostname(): 0}
     by_ssh, ssh_port = len(hosts) > 1, options.port("ssh_port")
     places = [remote.Place(name, by_ssh, ssh_port) for name in hosts]
+    master = options.master_addr or os.environ.get("MASTER_ADDR")
     port = options.port("master_port") or (network.DEFAULT_PORT if options.hostfile else None)
-    order = remote.Order(flags, places, list(hosts.values()), options.master_addr, port)
+    order = remote.Order(flags, places, list(hosts.values()), master, port)
     planning = _start_plan(flags, sum(max(1, slots) for slots in hosts.values()))
     examined = remote.examine(order, options.on("bandwidth"))
     plan = _finish_plan(planning)
-    subject = Subject(config, tuple(hosts), 0, 0, options.master_addr, order.port)
+    subject = Subject(config, tuple(hosts), 0, 0, master, port)
     findings = go_through(LAUNCH_CHECKS, subject._replace(nodes=("this machine",) * len(hosts)))
     return _result(subject, findings, examined.reports, plan, examined.measured)
 

@@ -5,7 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from unlearn_ds import build, checkpoint, ds_json, embedded, engine, export, log, own_answers, report, run_folder
+from unlearn_ds import (
+    build,
+    checkpoint,
+    doctor,
+    ds_json,
+    embedded,
+    engine,
+    export,
+    log,
+    own_answers,
+    report,
+    run_folder,
+)  # fmt: skip
 from unlearn_ds import model as models
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data import sources
@@ -22,6 +34,7 @@ def train(config: RunConfig) -> int:
     if not config.log.verbose:
         log.quiet()
     device = engine.start(config.engine)
+    doctor.same_on_all_ranks(config)
     folder = run_folder.open_run(config, engine.versions())
     values = ds_json.load(config.engine.ds_config)
     build.check_reference(config)

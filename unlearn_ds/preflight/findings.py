@@ -89,7 +89,10 @@ class Subject(NamedTuple):
 
 
 def of_this_rank(config: RunConfig) -> Subject:
-    """The subject of this process, as the launcher's variables tell of it; one rank on one node without them."""
+    """The subject of this process, as the launcher's variables tell of it; one rank on one node without them.
+
+    Where a doctor is started once a node, ``GPUS_PER_NODE`` says how many ranks the run will have there.
+    """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
     index = rank // local
@@ -98,7 +101,9 @@ def of_this_rank(config: RunConfig) -> Subject:
     theirs = rank != 0 or world == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     number = None if theirs else os.environ.get("MASTER_PORT")
     master = os.environ.get("MASTER_ADDR")
-    return Subject(config, names, index, local, master, int(number) if number else None)
+    given = os.environ.get("GPUS_PER_NODE", "")
+    ranks = max(local, int(given) if given.isdigit() else 0)
+    return Subject(config, names, index, ranks, master, int(number) if number else None)
 
 
 Check = Callable[[Subject], Finding]

@@ -21,9 +21,11 @@ HANDED_ON = ("MLFLOW", "PYTHON", "MV2", "UCX")
 NEEDED = (
     "GLOO_", "NCCL_", "TP_SOCKET_IFNAME", "OMP_NUM_THREADS", "DS_ACCELERATOR", "HF_", "UNLEARN_DS_", "XDG_CACHE_HOME",
     "TORCH_", "TRITON_CACHE_DIR", "CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
-    "HTTPS_PROXY", "https_proxy", "TMPDIR",
+    "HTTPS_PROXY", "https_proxy", "TMPDIR", "PATH", "LD_LIBRARY_PATH",
 )  # fmt: skip
 """Beginnings of further variables that change a run or decide whether it starts."""
+FORWARDED = "UNLEARN_DS_FORWARDED"
+"""Names, and beginnings that end in _, of the variables that another launcher than DeepSpeed's runner hands on."""
 
 
 def read(path: str) -> dict[str, int]:
@@ -87,8 +89,8 @@ def from_files() -> dict[str, str]:
 def environment_file(subject: Subject) -> Finding:
     """Lines that stop DeepSpeed's runner: it splits each at "=", blank lines and comments too."""
     files = environment_files()
-    if not files:
-        return skipped("no .deepspeed_env")
+    if not files or os.environ.get(FORWARDED):
+        return skipped("no .deepspeed_env" if not files else "this launcher does not read .deepspeed_env")
     bad = [
         f"{path}:{number} ({line or 'blank'})"
         for path in files
@@ -115,14 +117,16 @@ def exported(subject: Subject) -> Finding:
     if missing:
         return warn(
             f"set here, and not handed on by the deepspeed runner: {listed(missing, most=6)}",
-            "write each as NAME=value into .deepspeed_env, and secrets into the nodes' own environment",
+            "start by launchers/hostfile.sh, or write each that matters as NAME=value into .deepspeed_env",
         )
     return ok("what is set here reaches the nodes")
 
 
 def _reaches(name: str) -> bool:
-    prefixes = HANDED_ON if on_cpu() else (*HANDED_ON, "NCCL")
-    return name.startswith(prefixes) or name in from_files()
+    patterns = os.environ.get(FORWARDED, "").split()
+    if patterns:
+        return name in patterns or name.startswith(tuple(p for p in patterns if p.endswith("_")))
+    return name.startswith(HANDED_ON if on_cpu() else (*HANDED_ON, "NCCL")) or name in from_files()
 
 
 def handed_over() -> dict[str, str]:

@@ -53,7 +53,7 @@ def interface(subject: Subject) -> Finding:
     if len(others) > 1:
         return warn(
             f"NCCL will choose among {listed(others)}",
-            f"export {variable}={_towards(subject.master, there) or others[0]} if it takes the wrong one",
+            f"export {variable}={towards(subject.master, there) or others[0]} if it takes the wrong one",
         )
     if not others:
         return fail("no interface but the loopback is up", "bring the network of this node up")
@@ -87,7 +87,7 @@ def own_addresses() -> list[str]:
 
 def _found_by_host_name(variable: str, there: dict[str, str], own: list[str], master: str | None) -> Finding:
     """gloo listens where the host name points to; on the loopback, or on nothing of ours, no other node reaches it."""
-    name, suggested = socket.gethostname(), _towards(master, there)
+    name, suggested = socket.gethostname(), towards(master, there)
     usable = [address for address in own if address in there.values() and not address.startswith("127.")]
     if usable:
         return ok(f"{next(n for n, a in there.items() if a == usable[0])} ({usable[0]}), where {name} points to")
@@ -98,7 +98,7 @@ def _found_by_host_name(variable: str, there: dict[str, str], own: list[str], ma
     )
 
 
-def _towards(master: str | None, there: dict[str, str]) -> str | None:
+def towards(master: str | None, there: dict[str, str]) -> str | None:
     """The interface that leads to the main rank's node: the one to suggest. Sends nothing."""
     outside = [name for name, address in there.items() if address and not address.startswith("127.")]
     if master is not None:

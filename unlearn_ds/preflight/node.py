@@ -162,4 +162,5 @@ def serve(questions: TextIO = sys.stdin, answers: TextIO = sys.stdout) -> None:
 
     with Examination(say) as examination:
         for line in questions:
-            examination.answer(json.loads(line))
+            if line.strip():
+                examination.answer(json.loads(line))

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as torch_dist
 
 from unlearn_ds import dist
-from unlearn_ds.preflight import disk
+from unlearn_ds.preflight import disk, network
 from unlearn_ds.preflight.findings import Finding, Subject, fail, on_cpu
 from unlearn_ds.preflight.node import Report
 
@@ -44,6 +44,10 @@ def launched() -> bool:
 
 def join() -> Finding | None:
     """Form a group of all ranks on CPUs; the finding says why there is none."""
+    if "GLOO_SOCKET_IFNAME" not in os.environ:
+        # On GPU nodes nobody sets it, as their runs do without gloo; what its host name points to is no use there.
+        found = network.towards(os.environ.get("MASTER_ADDR"), network.interfaces())
+        os.environ |= {"GLOO_SOCKET_IFNAME": found} if found else {}
     try:
         torch_dist.init_process_group("gloo", timeout=timedelta(seconds=GROUP_SECONDS))
         dist.barrier()
