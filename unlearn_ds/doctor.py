@@ -15,7 +15,7 @@ import time
 from typing import Any, NamedTuple
 
 from unlearn_ds import arguments, versions
-from unlearn_ds.config import RunConfig, UsageError, fingerprint, to_dict
+from unlearn_ds.config import RunConfig, UsageError
 from unlearn_ds.preflight import compare, files, hostfile, network, node, remote, table
 from unlearn_ds.preflight.compare import MemoryPlan
 from unlearn_ds.preflight.findings import Finding, Subject, go_through, of_this_rank, worst
@@ -259,20 +259,11 @@ def same_on_all_ranks(config: RunConfig) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         about = {**versions.package_versions(), "deepspeed": versions.installed("deepspeed")}
         about |= {"commit": versions.commit() or "none", "code": versions.code_digest()}
-        mine = (socket.gethostname(), about | _settings(config))
+        mine = (socket.gethostname(), about | files.settings(config))
     told = [entry for entry in dist.gather_objects(mine) if entry]
     differences = differing(told)
     if differences:
         raise UsageError("the nodes of this run are not alike: " + "; ".join(differences))
-
-
-def _settings(config: RunConfig) -> dict[str, str]:
-    """Every knob by its dotted name, and the fingerprint, which also knows the content of data files."""
-    found = {"fingerprint of flags and data": fingerprint(config)}
-    for section, values in to_dict(config).items():
-        knobs = values.items() if isinstance(values, dict) else ()
-        found |= {f"--{section}.{name}": str(value) for name, value in knobs}
-    return found
 
 
 def differing(told: list[tuple[str, dict[str, str]]]) -> list[str]:

@@ -53,7 +53,7 @@ def _differing(cluster: Cluster, subject: str, do: str, status: str = "fail") ->
         other = [f"{name} {values[name]} (others {usual[name]})" for name in names if values[name] != usual[name]]
         if other:
             found.append(Finding(status, listed(other, most=6), do, node=report.node))
-    return found or [ok("; ".join(f"{name} {value}" for name, value in usual.items()))]
+    return found or [ok("; ".join(f"{name} {value}" for name, value in usual.items() if not name.startswith("--")))]
 
 
 def _usual(cluster: Cluster, subject: str, name: str) -> str:

@@ -13,9 +13,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from unlearn_ds import checks, ds_json
-from unlearn_ds.config import EMBEDDED_MODEL, RunConfig, fingerprint, looks_like_file, retain_names
+from unlearn_ds.config import EMBEDDED_MODEL, RunConfig, fingerprint, looks_like_file, retain_names, to_dict
 from unlearn_ds.local_files import embedded_folder, find_gguf, hub_folder, hub_is_off, hub_snapshot
 from unlearn_ds.preflight.findings import Finding, Subject, fail, listed, ok, skipped, warn
+
+FINGERPRINT = "fingerprint of flags and data"
+_BY_CONTENT = ("data.forget_data", "data.retain_data", "data.mismatch_data", "data.harmless_data", "engine.ds_config",
+               "engine.nvme_path")  # fmt: skip
 
 EMBEDDED_PARAMETERS = 134_515_008
 """Of SmolLM2-135M, whose embeddings are tied (its model card on the hub)."""
@@ -34,8 +38,18 @@ def deepspeed_config(subject: Subject) -> Finding:
 
 
 def run_facts(subject: Subject) -> dict[str, str]:
-    """What must be the same run on every node: everything that decides its numbers, data by content."""
-    return {"fingerprint of flags and data": fingerprint(subject.config)}
+    """What must be the same on every node, see ``settings``."""
+    return settings(subject.config)
+
+
+def settings(config: RunConfig) -> dict[str, str]:
+    """The fingerprint of a run and its knobs by dotted name. Paths of files that the fingerprint reads are left out:
+    nodes may keep the same content in other places."""
+    found = {FINGERPRINT: fingerprint(config)}
+    for name, value in to_dict(config).items():
+        knobs = {f"{name}.{key}": knob for key, knob in value.items()} if isinstance(value, dict) else {name: value}
+        found |= {f"--{key}": str(knob) for key, knob in knobs.items() if key not in _BY_CONTENT}
+    return found
 
 
 def model(subject: Subject) -> Finding:

@@ -6,6 +6,7 @@ on a clean end only, so after a build that was killed every later run of this us
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import time
@@ -127,7 +128,12 @@ def _is_built(op: str) -> bool:
 
 
 def _is_preinstalled(op: str) -> bool:
-    """Whether DeepSpeed was installed with this op compiled. Finding a package does not import it."""
+    """Whether DeepSpeed was installed with this op compiled, as its file says. Finding a package does not import it."""
     spec = util.find_spec("deepspeed")
-    places = spec.submodule_search_locations if spec else None
-    return any(Path(place).glob(f"ops/*/{op}_op*.so") for place in places or ())
+    file = Path(spec.origin).with_name("git_version_info_installed.py") if spec and spec.origin else None
+    if file is None or not file.is_file():
+        return False
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["installed_ops"]:
+            return bool(ast.literal_eval(node.value).get(op, False))
+    return False

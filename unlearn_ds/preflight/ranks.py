@@ -14,7 +14,7 @@ import torch.distributed as torch_dist
 
 from unlearn_ds import dist
 from unlearn_ds.preflight import disk, network
-from unlearn_ds.preflight.findings import Finding, Subject, fail, on_cpu
+from unlearn_ds.preflight.findings import Finding, Subject, fail, ok, on_cpu
 from unlearn_ds.preflight.node import Report
 
 GROUP_SECONDS = 25
@@ -78,10 +78,11 @@ def gather(subject: Subject, report: Report | None) -> tuple[Subject, list[Repor
     index = sum(1 for found in dist.gather_objects(report is not None)[: dist.rank()] if found)
     sees = _tokens(subject._replace(nodes=unique, index=index), len(there), report is not None)
     seen = [found for found in dist.gather_objects(sees) if found is not None]
-    reports = []
+    reports, place = [], f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     for name, found, visible in zip(unique, there, seen, strict=True):
         findings = [finding._replace(node=name) for finding in found.findings]
-        reports.append(found._replace(node=name, findings=findings, sees=visible))
+        came = ok(f"{place} answers")  # or there would be no group
+        reports.append(found._replace(node=name, findings=findings, sees=visible, reach=came))
     return subject._replace(nodes=unique, index=index), reports
 
 
