@@ -160,5 +160,5 @@ def test_settings_of_a_run_differ_by_content_not_by_path(tmp_path):
         return files.settings(arguments.parse({**paths, "output_dir": "out", **more}))
 
     assert of("a") == of("b") != of("c")
-    differing = {name for name in of("a") if of("a")[name] != of("a", save_every="3")[name]}
-    assert differing == {"--checkpoint.save_every"}
+    usual, other = of("a"), of("a", save_every="3")
+    assert {name for name in usual if usual[name] != other[name]} == {"--checkpoint.save_every"}

@@ -5,9 +5,7 @@ import pytest
 from unlearn_ds.preflight import gpu
 
 DEVICES = "0, NVIDIA H100 80GB HBM3, 570.86.15, 81559, 4\n1, NVIDIA H100 80GB HBM3, 570.86.15, 81559, 4\n"
-HEALTHY = (
-    "0, 0, No, No, [N/A], Not Active, Not Active, Not Active\n1, 0, No, No, [N/A], Not Active, Not Active, Not Active\n"
-)
+HEALTHY = "".join(f"{n}, 0, No, No, [N/A], Not Active, Not Active, Not Active\n" for n in (0, 1))
 
 
 @pytest.fixture
