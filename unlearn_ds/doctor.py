@@ -22,7 +22,7 @@ from unlearn_ds.preflight.findings import Finding, Subject, go_through, of_this_
 from unlearn_ds.registry import LAUNCH_CHECKS, QUICK_CHECKS
 
 FINE, STOPPED = 0, 2
-PLAN_SECONDS = 26.0
+PLAN_SECONDS = 22.0
 """For importing torch and transformers beside the examination of the nodes."""
 
 HELP = """usage: python -m unlearn_ds.doctor [--hostfile FILE] [flags of launchers/train.py]

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from unlearn_ds import arguments, doctor
+from unlearn_ds import arguments, dist, doctor
 from unlearn_ds.config import UsageError
 from unlearn_ds.preflight import findings
 
@@ -86,19 +86,17 @@ def test_what_differs_among_nodes_is_told_with_the_nodes():
 
 
 def test_ranks_of_two_nodes_that_differ_all_leave_with_the_difference(config, monkeypatch):
-    """Two nodes, of which the other was given another seed; the gathering itself is torch's."""
-    from unlearn_ds import dist
-
-    other = arguments.parse({"output_dir": config.output_dir, "model": "org/name", "seed": "5"})
+    """The gathering itself is torch's; here the other node answers what it is told to."""
     monkeypatch.setattr(dist, "world_size", lambda: 2)
     monkeypatch.setattr(dist, "local_world_size", lambda: 1)
     told = []
-    monkeypatch.setattr(dist, "gather_objects", lambda mine: told.append(mine) or told * 2)
-    doctor.same_on_all_ranks(config)  # two nodes alike
-    doctor_of_other = []
-    monkeypatch.setattr(dist, "gather_objects", lambda mine: doctor_of_other.append(mine) or [*told, ("n2", mine[1])])
-    with pytest.raises(UsageError, match=r"--seed is 0 on \S+, 5 on n2"):
-        doctor.same_on_all_ranks(other)
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: told.append(mine) or [mine, mine])
+    doctor.same_on_all_ranks(config)
+    (host, values), others = told[0], {**told[0][1], "--seed": "5"}
+    assert host == socket.gethostname() and values["torch"] and values["code"]
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, ("n2", others)])
+    with pytest.raises(UsageError, match=rf"not alike: --seed is 0 on {host}, 5 on n2"):
+        doctor.same_on_all_ranks(config)
 
 
 def test_the_help_names_every_flag_of_its_own():
