@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from unlearn_ds import arguments, versions
+from unlearn_ds import arguments, ds_json, versions
 from unlearn_ds.config import RunConfig, UsageError
 from unlearn_ds.preflight import compare, files, hostfile, network, node, remote, table
 from unlearn_ds.preflight.compare import MemoryPlan
@@ -36,7 +36,8 @@ the node of every rank is; otherwise this machine alone.
   --master_addr A     address of the first node; default: MASTER_ADDR, or the first of its hostname -I
   --master_port P     port of the main rank [29500]
   --ssh_port P        of the sshd of every node
-  --bandwidth         measure all-reduce between the nodes, one rank each; among launched ranks it is the default
+  --bandwidth         measure all-reduce between the nodes, one rank each, in up to 90 s more; among launched ranks
+                      it is the default (--bandwidth false)
   --json              print findings, facts and bandwidth as JSON
 """
 
@@ -85,6 +86,8 @@ def main(*positional: str, **flags: str) -> None:
     options, flags = Options(**own), {name: value for name, value in flags.items() if name not in own}
     options.on("json")
     config = arguments.parse(flags)
+    if config.engine.ds_config != "auto":
+        ds_json.load(config.engine.ds_config)  # a mistake here is one on every node
     if not options.hostfile and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         result = examine_ranks(config, options)
         if os.environ.get("RANK", "0") != "0" and result.reports:
@@ -209,7 +212,7 @@ def planned(config: RunConfig) -> MemoryPlan:
     """
     if files.model_folder(config) is None:
         return MemoryPlan(missing="the model is not on this machine yet")
-    from unlearn_ds import dist, ds_json, embedded, lora, plan
+    from unlearn_ds import dist, embedded, lora, plan
     from unlearn_ds import model as models
 
     config = arguments.for_machine(config, dist.computes_bf16())

@@ -138,6 +138,8 @@ def memory(cluster: Cluster) -> list[Finding]:
     found = []
     for report in cluster.reports:
         facts = {name: int(value) for name, value in report.facts["machine"].items()}
+        if not facts:  # told where they were looked for
+            continue
         ranks, host, device = facts["ranks"], facts["host bytes"], facts["device bytes"]
         on_host = ranks * (plan.host + (0 if device else plan.device))
         states = ranks * (plan.host + (0 if device else plan.device_states))

@@ -46,9 +46,13 @@ class Device(NamedTuple):
 def devices() -> list[Device]:
     """The devices of this node; raises ``OSError`` or ``subprocess.SubprocessError`` where nvidia-smi cannot tell."""
     return [
-        Device(index, name, driver, int(total) * 2**20, int(used) * 2**20)
-        for index, name, driver, total, used in _query(_QUERY)
+        Device(index, name, driver, _bytes(total), _bytes(used)) for index, name, driver, total, used in _query(_QUERY)
     ]
+
+
+def _bytes(mebibytes: str) -> int:
+    """0 for "[N/A]": devices that share the host's memory have none of their own to tell of."""
+    return int(mebibytes) * 2**20 if mebibytes.isdigit() else 0
 
 
 def _query(fields: tuple[str, ...]) -> list[list[str]]:

@@ -20,6 +20,10 @@ PATIENCE = 900.0
 """Seconds after which a lock that nothing has been written beside is stale where its owner cannot be looked up. The
 longest single file of DeepSpeed's ops takes about three minutes to compile on a slow core."""
 
+OWN_FILE_SYSTEMS = ("overlay", "tmpfs")
+"""Of a container itself: no process outside it writes there."""
+_FIRST_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO in linux/proc_ns.h
+
 NETWORK_FILE_SYSTEMS = ("nfs", "nfs4", "lustre", "beegfs", "gpfs", "cifs", "smb3", "fuse.", "9p", "ceph", "wekafs")
 
 
@@ -56,8 +60,8 @@ def state_of(lock: Path, patience: float = PATIENCE) -> str:
     """ "held" by a process here, "stale", "gone", or "unknown": perhaps held where this process cannot look.
 
     torch's holder keeps the lock's file open until it removes it, and children do not inherit it: on this machine an
-    open file is the proof of life, however long a build takes. Another node's or another user's process cannot be
-    seen; there the age of the newest file beside the lock decides.
+    open file is the proof of life, however long a build takes. Another node's, another user's or another container's
+    process cannot be seen; there the age of the newest file beside the lock decides.
     """
     try:
         found = lock.stat()
@@ -68,8 +72,7 @@ def state_of(lock: Path, patience: float = PATIENCE) -> str:
         return "held"
     if not lock.exists():
         return "gone"
-    sees_owner = os.geteuid() in (0, found.st_uid) and not _on_network(lock)
-    if sees_owner or time.time() - newest > patience:
+    if _sees_owner(lock, found.st_uid) or time.time() - newest > patience:
         return "stale"
     return "unknown"
 
@@ -87,11 +90,18 @@ def _is_open(file: os.stat_result) -> bool:
     return False
 
 
-def _on_network(path: Path) -> bool:
-    """Whether the file system of a path can be mounted by other machines."""
+def _sees_owner(lock: Path, user: int) -> bool:
+    """Whether a process that held this lock could be seen from here."""
+    kind, outermost = _file_system(lock), os.readlink("/proc/self/ns/pid") == _FIRST_PID_NAMESPACE
+    local = not kind.startswith(NETWORK_FILE_SYSTEMS) and (outermost or kind in OWN_FILE_SYSTEMS)
+    return local and os.geteuid() in (0, user)
+
+
+def _file_system(path: Path) -> str:
+    """Kind of the file system of a path: that of the deepest mount above it."""
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     above = [(point, kind) for _, point, kind, *_ in mounts if path.resolve().is_relative_to(point)]
-    return bool(above) and max(above, key=lambda row: len(row[0]))[1].startswith(NETWORK_FILE_SYSTEMS)
+    return max(above, key=lambda row: len(row[0]))[1]
 
 
 def _age(lock: Path) -> str:

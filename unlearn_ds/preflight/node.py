@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -71,7 +72,7 @@ def examine(subject: Subject, doing: Callable[[str], None] = lambda name: None) 
         doing(name)
         try:
             facts[name] = resolve("fact", name, {name: target})(subject)
-        except (OSError, ValueError, LookupError) as error:
+        except (OSError, ValueError, LookupError, subprocess.SubprocessError) as error:
             facts[name] = {}
             do = "look at it by hand"
             findings.append(Finding("warn", f"could not be looked at: {error}", do, name, subject.node))

@@ -66,7 +66,7 @@ def test_locks_below_a_folder_of_one_torch_version_are_found(tmp_path):
 @pytest.mark.parametrize(("patience", "state"), [(900.0, "unknown"), (0.0, "stale")])
 def test_where_the_owner_cannot_be_looked_up_the_newest_file_decides(lock, monkeypatch, patience, state):
     """As on a disk that another node builds on."""
-    monkeypatch.setattr(locks, "_on_network", lambda path: True)
+    monkeypatch.setattr(locks, "_file_system", lambda path: "nfs4")
     lock.touch()
     os.utime(lock, (1, 1))  # made long ago, and the build still writes beside it
     (lock.parent / "cpu_adam.o").touch()
@@ -76,8 +76,21 @@ def test_where_the_owner_cannot_be_looked_up_the_newest_file_decides(lock, monke
         assert locks.judged(lock.parent.parent).status == "warn"
 
 
-def test_the_kind_of_a_file_system_is_that_of_the_deepest_mount(tmp_path):
-    assert locks._on_network(tmp_path) is False
+@pytest.mark.parametrize(
+    ("kind", "namespace", "seen"),
+    [("ext4", "pid:[4026531836]", True), ("nfs4", "pid:[4026531836]", False), ("fuse.sshfs", "pid:[4026531836]", False),
+     ("ext4", "pid:[4026532000]", False), ("overlay", "pid:[4026532000]", True)],
+)  # fmt: skip
+def test_who_can_hold_a_lock_unseen(lock, monkeypatch, kind, namespace, seen):
+    """Other machines on a shared disk; other containers where a folder of the host is mounted into this one."""
+    lock.touch()
+    monkeypatch.setattr(locks, "_file_system", lambda path: kind)
+    monkeypatch.setattr(os, "readlink", lambda path: namespace)
+    assert locks._sees_owner(lock, os.geteuid()) is seen
+
+
+def test_the_kind_of_a_file_system_is_that_of_the_deepest_mount():
+    assert locks._file_system(locks.Path("/proc/self/stat")) == "proc"
 
 
 def test_the_folder_of_compiled_ops_is_that_of_the_environment(clean, subject, tmp_path):
