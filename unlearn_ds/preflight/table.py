@@ -11,17 +11,19 @@ from rich.table import Table
 
 from unlearn_ds.preflight.findings import STATUSES, Finding, size
 
-_COLOURS = {"ok": "green", "skipped": "dim", "warn": "yellow", "fail": "bold red"}
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 _WIDE = 4096
 """Columns where nobody looks at a terminal: a line of a file stays one line, for grep."""
 
 
 def grouped(findings: Sequence[Finding]) -> list[Finding]:
-    """Findings as lines: what is the same on several nodes once, with their number, and checks in their order."""
+    """Findings as lines: what is the same on several nodes once, with their number, and checks in their order.
+
+    What was skipped is left to ``not_needed``."""
     lines = []
     for check in dict.fromkeys(finding.check for finding in findings):
         about = [finding for finding in findings if finding.check == check]
-        for status in STATUSES:
+        for status in (status for status in STATUSES if status != "skipped"):
             some = [finding for finding in about if finding.status == status]
             if status in ("warn", "fail"):
                 lines += some
@@ -38,6 +40,15 @@ def _together(some: list[Finding], num_all: int) -> Finding:
     more = f" (and {len(texts) - 1} more like it)" if len(texts) > 1 else ""
     where = f"{len(some)} nodes" if len(some) == num_all else f"{len(some)} other nodes"
     return some[0]._replace(node=where, seen=texts[0] + more)
+
+
+def not_needed(findings: Sequence[Finding]) -> str:
+    """One line of the checks that no node needed, by reason."""
+    looked_at = {finding.check for finding in findings if finding.status != "skipped"}
+    checks_of: dict[str, list[str]] = {}
+    for check, why in dict.fromkeys((f.check, f.seen) for f in findings if f.check not in looked_at):
+        checks_of.setdefault(why, []).append(check)
+    return "; ".join(f"{', '.join(checks)} ({why})" for why, checks in checks_of.items())
 
 
 def show(findings: Sequence[Finding], measured: dict[str, Any] | None, summary: str) -> None:
@@ -57,6 +68,9 @@ def _print(console: Console, findings: Sequence[Finding], measured: dict[str, An
         text = line.seen + (f" -> {line.do}" if line.do else "")
         table.add_row(line.status, line.check, line.node, text, style=_COLOURS[line.status] if terminal else None)
     console.print(table)
+    skipped = not_needed(findings)
+    if skipped:
+        console.print(f"skipped     {skipped}")
     if measured and "error" not in measured:
         console.print(f"all-reduce over {measured['backend']} among {measured['world_size']} ranks:")
         for num_bytes, seconds, bus in zip(measured["sizes"], measured["seconds"], measured["bus"], strict=True):

@@ -27,6 +27,15 @@ def test_a_line_stays_one_line_in_a_file_and_brackets_are_text(capsys):
     assert len(lines) == 3 and lines[1].endswith("x -> rm [y]") and "[red]xxx" in lines[1]
 
 
+def test_what_no_node_needed_is_one_line_by_reason(capsys):
+    findings = [Finding("skipped", "one node", "", check, node) for check in ("clocks", "hub") for node in ("a", "b")]
+    findings += [Finding("skipped", "not the main node", "", "port", "b"), Finding("ok", "free", "", "port", "a")]
+    findings += [Finding("skipped", "no GPU", "", "GPUs", "a")]
+    lines = lines_of(capsys, findings)
+    assert lines[-2] == "skipped     clocks, hub (one node); GPUs (no GPU)"
+    assert lines[1].split() == ["ok", "port", "a", "free"] and len(lines) == 4
+
+
 def test_bandwidth_is_listed_by_size(capsys):
     measured = {"backend": "gloo", "world_size": 4, "sizes": [1024, 2**26], "seconds": [0.001, 0.1],
                 "bus": [1.5e6, 1e9]}  # fmt: skip
