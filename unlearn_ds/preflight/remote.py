@@ -36,6 +36,8 @@ _FAILURES = (
     ("Permission denied", "ssh: login refused", "ssh-copy-id HOST: launchers log in by key, without a password"),
     ("No route to host", "unreachable: no route to host", "check that it is up and in this network"),
     ("Network is unreachable", "unreachable: no network leads there", "check routes and interfaces here"),
+    ("during banner exchange", "ssh: its sshd takes the connection and says nothing",
+     "restart it, and check the load of the node"),
     ("timed out", f"unreachable: no answer within {CONNECT_SECONDS} s", "check that it is up, its address, firewalls"),
     ("No module named", "its Python lacks this package", "use one environment at the same path on all nodes"),
     ("can't cd", "it has no such working directory", "put the project at one path on all nodes, or on a shared disk"),

@@ -24,6 +24,7 @@ case $host in
   refused) echo "ssh: connect to host refused port 22: Connection refused" >&2; exit 255;;
   gone) echo "ssh: connect to host gone port 22: No route to host" >&2; exit 255;;
   silent) echo "ssh: connect to host silent port 22: Connection timed out" >&2; exit 255;;
+  frozen) echo "Connection timed out during banner exchange" >&2; exit 255;;
   unknown) echo "ssh: Could not resolve hostname unknown: Name or service not known" >&2; exit 255;;
   locked) echo "root@locked: Permission denied (publickey,password)." >&2; exit 255;;
   changed) echo "Host key verification failed." >&2; exit 255;;
@@ -68,6 +69,7 @@ def examine(*names, port=None, master=None, by_ssh=True, **flags):
         ("refused", "connection refused, so no sshd listens", "systemctl start ssh"),
         ("gone", "no route to host", "is up"),
         ("silent", "no answer within 5 s", "firewalls"),
+        ("frozen", "takes the connection and says nothing", "load"),
         ("unknown", "name is not known", "/etc/hosts"),
         ("locked", "login refused", "ssh-copy-id locked"),
         ("changed", "host key", "ssh-keygen -R changed"),
