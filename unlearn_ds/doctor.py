@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-from unlearn_ds import arguments, ds_json, versions
+from unlearn_ds import arguments, ds_json, ranks, versions
 from unlearn_ds.config import RunConfig, UsageError
 from unlearn_ds.preflight import compare, files, hostfile, network, node, remote, table
 from unlearn_ds.preflight.compare import MemoryPlan
@@ -85,6 +85,8 @@ def main(*positional: str, **flags: str) -> None:
     own = {name: str(value) for name, value in flags.items() if name in Options._fields}
     options, flags = Options(**own), {name: value for name, value in flags.items() if name not in own}
     options.on("json")
+    if not options.hostfile:
+        ranks.adopt()
     config = arguments.parse(flags)
     if config.engine.ds_config != "auto":
         ds_json.load(config.engine.ds_config)  # a mistake here is one on every node
@@ -123,15 +125,15 @@ def examine_ranks(config: RunConfig, options: Options) -> Result:
     subject = of_this_rank(config)
     first = int(os.environ.get("LOCAL_RANK", "0")) == 0
     report = node.examine(subject) if first else None
-    from unlearn_ds.preflight import ranks  # torch takes seconds to import, and the examination needs none
+    from unlearn_ds.preflight import group  # torch takes seconds to import, and the examination needs none
 
-    problem = ranks.join()
+    problem = group.join()
     if problem:
         findings = report.findings if report else []
         return Result([*findings, problem._replace(check="process group", node=subject.node)], [], None)
-    together, reports = ranks.gather(subject, report)
-    measured = ranks.bandwidth()._asdict() if options.on("bandwidth", default=True) else None
-    ranks.leave()
+    together, reports = group.gather(subject, report)
+    measured = group.bandwidth()._asdict() if options.on("bandwidth", default=True) else None
+    group.leave()
     plan = MemoryPlan(missing="another rank does it")
     if os.environ["RANK"] == "0":
         plan = planned(config)

@@ -10,10 +10,10 @@ import torch
 import transformers
 
 from unlearn_ds import dist
-from unlearn_ds.config import EMBEDDED_MODEL
+from unlearn_ds.config import EMBEDDED_MODEL, UsageError
 from unlearn_ds.local_files import cache_folder, embedded_folder, find_gguf
 
-__all__ = ["cache_folder", "find_gguf", "locate"]
+__all__ = ["cache_folder", "check_shared", "find_gguf", "locate"]
 
 
 def locate(model: str) -> str:
@@ -23,8 +23,17 @@ def locate(model: str) -> str:
     target = embedded_folder()
     if dist.is_main() and not (target / "config.json").exists():
         _convert(find_gguf(), target)
-    dist.barrier()
+    check_shared(target)
     return str(target)
+
+
+def check_shared(path: Path) -> None:
+    """Raise ``UsageError`` on all ranks unless what the main rank has written is there on every one of them."""
+    dist.barrier()
+    if not all(dist.gather_objects((path / "config.json").exists())):
+        raise UsageError(
+            f"{path} is not on every node: UNLEARN_DS_CACHE must name a folder on a disk that all nodes share."
+        )
 
 
 def _convert(gguf: Path, target: Path) -> None:

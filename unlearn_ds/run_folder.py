@@ -89,6 +89,18 @@ def open_run(config: RunConfig, versions: dict[str, str]) -> Path:
     return folder
 
 
+def is_finished(config: RunConfig) -> bool:
+    """True on all ranks when ``--resume auto`` finds a run that has come to its end: nothing is left to do.
+
+    Launchers that start a run again until it is done (a job array, a requeued job) give the same command every time.
+    """
+    path, finished = Path(config.output_dir or "") / "evaluation.json", False
+    if dist.is_main() and config.checkpoint.resume == "auto" and path.exists():
+        stop = json.loads(path.read_text(encoding="utf-8"))["stop"]
+        finished = stop is not None and stop["exit_code"] == 0
+    return dist.gather_objects(finished)[0]
+
+
 def _prepare(config: RunConfig, folder: Path, versions: dict[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if config.checkpoint.overwrite and _settings(folder):

@@ -27,10 +27,11 @@ LEVELS = {
         "workspace",
         "versions",
         "local_files",
+        "ranks",
         "kernels",
     ],  # fmt: skip
     1: ["dist", "log", "ops", "cost", "attention", "stopping"],
-    2: ["model", "lora", "reference", "embedded", "data", "objectives", "metrics"],
+    2: ["heartbeat", "model", "lora", "reference", "embedded", "data", "objectives", "metrics"],
     3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder", "generate", "preflight"],
     4: ["evaluate", "plan", "doctor", "build", "prepare", "own_answers", "export", "comparison"],
     5: ["loop"],
@@ -44,21 +45,11 @@ NEIGHBOURS = {("reference", "data.packing"), ("model", "lora"), ("doctor", "plan
 
 LAUNCHERS_MAY_IMPORT = {"trainer", "doctor", "plan", "cost", "dist", "log", "run_folder", "comparison", *LEVELS[0]}
 
-WITHOUT_TORCH = {
-    "config",
-    "checks",
-    "registry",
-    "presets",
-    "studies",
-    "arguments",
-    "ds_json",
-    "stopping",
-    "versions",
-    "local_files",
-}
+WITHOUT_TORCH = {"config", "checks", "registry", "presets", "studies", "arguments", "ds_json", "stopping", "ranks",
+                 "versions", "local_files"}  # fmt: skip
 """The command line must answer before torch is loaded."""
 
-THIRD_PARTY = {0: {"torch", "triton"}, 1: {"torch", "triton", "rich", "tqdm", "tensorboard", "flash_attn"}}
+THIRD_PARTY = {0: {"torch", "triton", "psutil"}, 1: {"torch", "triton", "rich", "tqdm", "tensorboard", "flash_attn"}}
 """What the lowest levels may import beside the standard library; the others are free but for deepspeed."""
 
 

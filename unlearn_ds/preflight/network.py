@@ -48,7 +48,7 @@ def interface(subject: Subject) -> Finding:
     if named:
         return judged_name(library, variable, named, there)
     if library == "gloo":
-        return _found_by_host_name(variable, there, own_addresses(), subject.master)
+        return _found_for_gloo(variable, there, own_addresses(), subject.master)
     others = [name for name in there if name != "lo" and not name.startswith(("docker", "veth", "br-", "virbr"))]
     if len(others) > 1:
         return warn(
@@ -76,6 +76,20 @@ def judged_name(library: str, variable: str, named: str, there: dict[str, str]) 
     return ok(f"{matching[0]} ({there[matching[0]] or 'IPv6'}), by {variable}")
 
 
+def _found_for_gloo(variable: str, there: dict[str, str], own: list[str], master: str | None) -> Finding:
+    """A run lets gloo take the interface that leads to the main node (``ranks.choose_interface``); where that is the
+    loopback, as on a node that has its own name there, gloo is left with the host name."""
+    if master is None:  # the deepspeed runner will give an address that is not of the loopback
+        outside = [name for name, address in there.items() if address and not address.startswith("127.")]
+        name = outside[0] if outside else None
+    else:
+        leading = address_towards(master)
+        name = next((n for n, a in there.items() if a == leading and not a.startswith("127.")), None)
+    if name is None:
+        return _found_by_host_name(variable, there, own, master)
+    return ok(f"{name} ({there[name]}), towards the main node")
+
+
 def own_addresses() -> list[str]:
     """IPv4 addresses that this machine's host name stands for; empty where it stands for none."""
     try:
@@ -101,15 +115,18 @@ def _found_by_host_name(variable: str, there: dict[str, str], own: list[str], ma
 def towards(master: str | None, there: dict[str, str]) -> str | None:
     """The interface that leads to the main rank's node: the one to suggest. Sends nothing."""
     outside = [name for name, address in there.items() if address and not address.startswith("127.")]
-    if master is not None:
-        with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as asker:
-            try:
-                asker.connect((master, DEFAULT_PORT))
-            except OSError:
-                return outside[0] if outside else None
-            address = asker.getsockname()[0]
-            outside = [name for name in outside if there[name] == address] or outside
-    return outside[0] if outside else None
+    leading = address_towards(master) if master else None
+    return next((name for name in outside if there[name] == leading), outside[0] if outside else None)
+
+
+def address_towards(host: str) -> str | None:
+    """The address that this machine speaks to a host from; None where no route leads there. Sends nothing."""
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as asker:
+        try:
+            asker.connect((host, DEFAULT_PORT))
+        except OSError:
+            return None
+        return str(asker.getsockname()[0])
 
 
 def port(subject: Subject) -> Finding:

@@ -141,9 +141,9 @@ class Examination:
         signal.alarm(question["seconds"])
         os.environ.update(question["environment"])
         self._say({"doing": "bandwidth"})
-        from unlearn_ds.preflight import ranks  # torch takes seconds to import
+        from unlearn_ds.preflight import group  # torch takes seconds to import
 
-        self._say({"measured": ranks.measure_as_one_rank()})
+        self._say({"measured": group.measure_as_one_rank()})
 
     def __enter__(self) -> Examination:
         return self

@@ -160,7 +160,7 @@ class Order(NamedTuple):
 
 class Examined(NamedTuple):
     """A report of each node, in the order of the places; of one that does not answer, that finding alone. measured: of
-    the network, as ``ranks.Measured`` has it, or a finding why there is nothing; None when nobody asked."""
+    the network, as ``group.Measured`` has it, or a finding why there is nothing; None when nobody asked."""
 
     reports: list[Report]
     measured: dict[str, Any] | Finding | None
@@ -244,7 +244,13 @@ async def _measure(talks: list[Talk], reports: list[Report], order: Order) -> di
     if not address:
         return warn("not measured: the main node has no address but its loopback", "give --master_addr")
     ask = {"ask": "measure", "seconds": int(MEASURE_SECONDS)}
-    group = {"WORLD_SIZE": str(len(talks)), "LOCAL_RANK": "0", "MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    group = {
+        "WORLD_SIZE": str(len(talks)),
+        "LOCAL_RANK": "0",
+        "LOCAL_WORLD_SIZE": "1",
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }
     questions = [{**ask, "environment": {**group, "RANK": str(rank)}} for rank in range(len(talks))]
     asked = (talk.ask(question, "measured", deadline) for talk, question in zip(talks, questions, strict=True))
     answers = await asyncio.gather(*asked, return_exceptions=True)

@@ -43,6 +43,25 @@ def test_a_host_name_that_leads_to_no_network_is_a_failure_with_the_variable_to_
     assert fine.status == "ok" and "eth1 (10.1.0.5)" in fine.seen
 
 
+@pytest.mark.parametrize(
+    ("leading", "expected"),
+    [("10.1.0.5", "eth1 (10.1.0.5), towards"), ("127.0.1.1", "GLOO_SOCKET_IFNAME"), (None, "set")],
+)
+def test_gloo_takes_the_interface_that_leads_to_the_main_node(monkeypatch, leading, expected):
+    """On a node whose own name is the loopback in its hosts file the main node's name leads nowhere."""
+    monkeypatch.setattr(network, "address_towards", lambda host: leading)
+    found = network._found_for_gloo("GLOO_SOCKET_IFNAME", THERE, ["127.0.1.1"], "node1")
+    assert found.status == ("ok" if leading == "10.1.0.5" else "fail") and expected in found.seen + found.do
+    assert network._found_for_gloo("GLOO_SOCKET_IFNAME", THERE, ["127.0.1.1"], None).status == "ok"
+    only = {"lo": "127.0.0.1"}
+    assert network._found_for_gloo("GLOO_SOCKET_IFNAME", only, ["127.0.1.1"], None).status == "fail"
+
+
+def test_the_address_towards_a_host_is_ours():
+    assert network.address_towards("127.0.0.1") == "127.0.0.1"
+    assert network.address_towards("no-such-host.invalid") is None
+
+
 def test_interfaces_are_those_of_this_machine():
     assert network.interfaces()["lo"] == "127.0.0.1"
     assert set(network.interfaces()) <= {name for _, name in socket.if_nameindex()}

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as torch_dist
 
-from unlearn_ds import dist
-from unlearn_ds.preflight import disk, network
+from unlearn_ds import dist, ranks
+from unlearn_ds.preflight import disk
 from unlearn_ds.preflight.findings import Finding, Subject, fail, ok, on_cpu
 from unlearn_ds.preflight.node import Report
 
@@ -44,11 +44,8 @@ def launched() -> bool:
 
 def join() -> Finding | None:
     """Form a group of all ranks on CPUs; the finding says why there is none."""
-    if "GLOO_SOCKET_IFNAME" not in os.environ:
-        # On GPU nodes nobody sets it, as their runs do without gloo; what its host name points to is no use there.
-        found = network.towards(os.environ.get("MASTER_ADDR"), network.interfaces())
-        os.environ |= {"GLOO_SOCKET_IFNAME": found} if found else {}
     try:
+        ranks.choose_interface()
         torch_dist.init_process_group("gloo", timeout=timedelta(seconds=GROUP_SECONDS))
         dist.barrier()
     except (RuntimeError, ValueError) as error:
@@ -146,9 +143,9 @@ def bandwidth(say: Callable[[str], None] = lambda text: None) -> Measured:
         seconds.append(longest)
         if spent > MEASURE_SECONDS:
             break
-    ranks = dist.world_size()
-    bus = [2 * (ranks - 1) / ranks * size / time_ for size, time_ in zip(sizes, seconds, strict=True)]
-    return Measured(backend, ranks, sizes, seconds, bus)
+    size = dist.world_size()
+    bus = [2 * (size - 1) / size * moved / time_ for moved, time_ in zip(sizes, seconds, strict=True)]
+    return Measured(backend, size, sizes, seconds, bus)
 
 
 def _timed(values: torch.Tensor, group: torch_dist.ProcessGroup | None) -> float:
