@@ -245,12 +245,9 @@ async def _measure(talks: list[Talk], reports: list[Report], order: Order) -> di
         return warn("not measured: the main node has no address but its loopback", "give --master_addr")
     ask = {"ask": "measure", "seconds": int(MEASURE_SECONDS)}
     group = {
-        "WORLD_SIZE": str(len(talks)),
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": "1",
-        "MASTER_ADDR": address,
+        "WORLD_SIZE": str(len(talks)), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": address,
         "MASTER_PORT": str(port),
-    }
+    }  # fmt: skip
     questions = [{**ask, "environment": {**group, "RANK": str(rank)}} for rank in range(len(talks))]
     asked = (talk.ask(question, "measured", deadline) for talk, question in zip(talks, questions, strict=True))
     answers = await asyncio.gather(*asked, return_exceptions=True)
