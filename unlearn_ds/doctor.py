@@ -91,11 +91,8 @@ def main(*positional: str, **flags: str) -> None:
     if config.engine.ds_config != "auto":
         ds_json.load(config.engine.ds_config)  # a mistake here is one on every node
     if not options.hostfile and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        result = examine_ranks(config, options)
-        if os.environ.get("RANK", "0") != "0" and result.reports:
-            sys.exit(_exit_code(result))
-    else:
-        result = examine_nodes(config, flags, options)
+        sys.exit(examine_ranks(config, flags, options, began))
+    result = examine_nodes(config, flags, options)
     _show(result, options, time.monotonic() - began)
     sys.exit(_exit_code(result))
 
@@ -117,27 +114,34 @@ def examine_nodes(config: RunConfig, flags: dict[str, Any], options: Options) ->
     return _result(subject, findings, examined.reports, plan, examined.measured)
 
 
-def examine_ranks(config: RunConfig, options: Options) -> Result:
-    """Examine the node of every rank that a launcher has started; the reports of all nodes are on every rank.
+def examine_ranks(config: RunConfig, flags: dict[str, Any], options: Options, began: float) -> int:
+    """Examine the node of every rank that a launcher has started; the main rank prints. Returns the exit code of all.
 
-    Where the ranks cannot come together each first rank of a node says so itself, and its result has no reports.
+    Where the ranks cannot come together each first rank of a node prints what it has found itself.
     """
     subject = of_this_rank(config)
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    first, is_main = os.environ.get("LOCAL_RANK", "0") == "0", os.environ["RANK"] == "0"
+    planning = _start_plan(flags, max(1, subject.ranks) * len(subject.nodes)) if is_main else None
     report = node.examine(subject) if first else None
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of addresses without a name
     from unlearn_ds.preflight import group  # torch takes seconds to import, and the examination needs none
 
     problem = group.join()
     if problem:
-        findings = report.findings if report else []
-        return Result([*findings, problem._replace(check="process group", node=subject.node)], [], None)
-    together, reports = group.gather(subject, report)
+        plan = _finish_plan(planning) if planning else MemoryPlan(missing="the main rank does it")
+        if report:
+            told = [problem._replace(check="process group", node=subject.node)]
+            _show(_result(subject, told, [report], plan, None), options, time.monotonic() - began)
+        return STOPPED
+    subject, reports = group.gather(subject, report)
     measured = group.bandwidth()._asdict() if options.on("bandwidth", default=True) else None
-    group.leave()
-    plan = MemoryPlan(missing="another rank does it")
-    if os.environ["RANK"] == "0":
-        plan = planned(config)
-    return _result(together, [], reports, plan, measured)
+    code = FINE
+    if planning:
+        result = _result(subject, [], reports, _finish_plan(planning), measured)
+        code = _exit_code(result)
+        _show(result, options, time.monotonic() - began)
+    # No rank leaves before the main one has printed: launchers end all others when one leaves with an error.
+    return group.leave(code)
 
 
 def _result(
@@ -297,5 +301,6 @@ if __name__ == "__main__":
         try:
             fire.Fire(fire.decorators.SetParseFn(str)(main))
         except UsageError as problem:
-            print(f"error: {problem}", file=sys.stderr)
+            if os.environ.get("LOCAL_RANK", "0") == "0":  # once for all ranks of a machine
+                print(f"error: {problem}", file=sys.stderr)
             sys.exit(STOPPED)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -58,8 +57,11 @@ def join() -> Finding | None:
     return None
 
 
-def leave() -> None:
+def leave(code: int) -> int:
+    """Leave together; returns the code that the main rank gave."""
+    code = dist.gather_objects(code)[0]
     dist.shutdown()
+    return code
 
 
 def gather(subject: Subject, report: Report | None) -> tuple[Subject, list[Report]]:
@@ -122,10 +124,10 @@ def measure_as_one_rank() -> dict[str, Any]:
     except RuntimeError as error:  # of gloo and NCCL: a peer that is gone, a link that is down
         return {"error": f"all-reduce failed: {str(error).splitlines()[0]}", "do": "set NCCL_DEBUG=INFO and look there"}
     finally:
-        leave()
+        dist.shutdown()
 
 
-def bandwidth(say: Callable[[str], None] = lambda text: None) -> Measured:
+def bandwidth() -> Measured:
     """All-reduce of growing sizes among all ranks: over NCCL where there are GPUs, else over gloo."""
     device = torch.device("cpu") if on_cpu() else torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     backend, group = "gloo", None
