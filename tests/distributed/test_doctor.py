@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory, repository, tiny_model_dir):
+def told(tmp_path_factory, repository):
     """Exit code and output of both ranks; the second was given another seed."""
     folder = tmp_path_factory.mktemp("doctor")
     with socket.socket() as probe:
@@ -22,7 +22,7 @@ def told(tmp_path_factory, repository, tiny_model_dir):
         "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(repository), "TORCH_EXTENSIONS_DIR": str(folder / "ops"),
     }  # fmt: skip
-    flags = ["--model", str(tiny_model_dir), "--output_dir", "out"]
+    flags = ["--model", "org/name", "--output_dir", "out"]
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "unlearn_ds.doctor", *flags, "--seed", str(rank)], cwd=folder, text=True,
@@ -45,12 +45,6 @@ def test_both_nodes_stand_in_one_table_and_every_rank_has_the_same_exit_code(tol
     fine = [line.split() for line in first.splitlines() if line.startswith("ok")]
     assert {"clocks", "shared", "main"} <= {words[1] for words in fine}
     assert "2 node(s)" in first.splitlines()[-1]
-
-
-def test_the_memory_plan_of_the_model_is_held_against_the_nodes(told):
-    (line,) = [line for line in told[1][0].splitlines() if "memory plan" in line]
-    status, _, _, _, _, _, held, unit, *_ = line.split()  # ok memory plan a rank holds 1.5 GiB on its device
-    assert status == "ok" and float(held) > 0 and unit in ("MiB", "GiB")
 
 
 def test_the_network_is_measured_up_to_the_largest_size(told):

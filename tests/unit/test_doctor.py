@@ -8,7 +8,7 @@ import time
 import pytest
 
 from unlearn_ds import arguments, dist, doctor
-from unlearn_ds.config import UsageError
+from unlearn_ds.config import UsageError, replace
 from unlearn_ds.preflight import findings
 
 
@@ -97,6 +97,20 @@ def test_ranks_of_two_nodes_that_differ_all_leave_with_the_difference(config, mo
     monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, ("n2", others)])
     with pytest.raises(UsageError, match=rf"not alike: --seed is 0 on {host}, 5 on n2"):
         doctor.same_on_all_ranks(config)
+
+
+@pytest.mark.slow
+def test_the_memory_plan_is_that_of_the_dry_run(tiny_model_dir, config, monkeypatch, capsys):
+    """Slow for the libraries that it imports."""
+    from unlearn_ds import plan
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    of_model = replace(config, **{"model.path": str(tiny_model_dir), "engine.ds_config": "zero3"})
+    found = doctor.planned(of_model)
+    assert 0 < found.device_states < found.device and found.host > 0 and not found.missing
+    plan.dry_run(of_model)
+    assert f"{found.device / 2**30:.2f} GiB" in capsys.readouterr().out
+    assert "not on this machine" in doctor.planned(config).missing
 
 
 def test_the_help_names_every_flag_of_its_own():
