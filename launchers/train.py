@@ -32,6 +32,9 @@ def main(*positional: str, **flags: object) -> None:
         plan.dry_run(run)
         return
     run_folder.check(run)
+    from unlearn_ds import doctor
+
+    doctor.before_run(run)
     from unlearn_ds import trainer
 
     code = trainer.train(run)

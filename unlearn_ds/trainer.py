@@ -7,7 +7,19 @@ from typing import Any
 
 import torch
 
-from unlearn_ds import build, checkpoint, ds_json, embedded, engine, export, log, own_answers, report, run_folder
+from unlearn_ds import (
+    build,
+    checkpoint,
+    doctor,
+    ds_json,
+    embedded,
+    engine,
+    export,
+    log,
+    own_answers,
+    report,
+    run_folder,
+)
 from unlearn_ds import model as models
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data import sources
@@ -29,6 +41,7 @@ def train(config: RunConfig) -> int:
         if run_folder.is_finished(config):
             log.say(f"end         {config.output_dir} holds this run, finished")
             return FINISHED
+        doctor.same_on_all_ranks(config)
         return unlearn(config, device)
 
 

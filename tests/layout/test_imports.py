@@ -25,12 +25,14 @@ LEVELS = {
         "arguments",
         "ds_json",
         "workspace",
+        "versions",
+        "local_files",
         "ranks",
         "kernels",
     ],  # fmt: skip
     1: ["dist", "log", "ops", "cost", "attention", "stopping"],
     2: ["heartbeat", "model", "lora", "reference", "embedded", "data", "objectives", "metrics"],
-    3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder", "generate"],
+    3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder", "generate", "preflight"],
     4: ["evaluate", "plan", "doctor", "build", "prepare", "own_answers", "export", "comparison"],
     5: ["loop"],
     6: ["memorize"],
@@ -38,12 +40,13 @@ LEVELS = {
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
 
-NEIGHBOURS = {("reference", "data.packing"), ("model", "lora")}
+NEIGHBOURS = {("reference", "data.packing"), ("model", "lora"), ("doctor", "plan")}
 """(room, module) of one level that may be imported all the same."""
 
 LAUNCHERS_MAY_IMPORT = {"trainer", "doctor", "plan", "cost", "dist", "log", "run_folder", "comparison", *LEVELS[0]}
 
-WITHOUT_TORCH = {"config", "checks", "registry", "presets", "studies", "arguments", "ds_json", "stopping", "ranks"}
+WITHOUT_TORCH = {"config", "checks", "registry", "presets", "studies", "arguments", "ds_json", "stopping", "ranks",
+                 "versions", "local_files"}  # fmt: skip
 """The command line must answer before torch is loaded."""
 
 THIRD_PARTY = {0: {"torch", "triton", "psutil"}, 1: {"torch", "triton", "rich", "tqdm", "tensorboard", "flash_attn"}}
