@@ -23,6 +23,8 @@ FORWARDED=(
   NCCL_ GLOO_ UCX_ FI_ TORCH_ PYTORCH_ TORCHINDUCTOR_ TRITON_ OMP_ MKL_ DS_BUILD_ DEEPSPEED_
   HF_ HUGGING_FACE_ TRANSFORMERS_ TOKENIZERS_ UNLEARN_DS_ WANDB_ http_proxy https_proxy no_proxy
 )
+# For the doctor, which tells what else is set and would not arrive.
+export UNLEARN_DS_FORWARDED="${FORWARDED[*]}"
 
 # Names of the variables in FORWARDED that are set, one a line.
 forwarded_names() {

@@ -34,10 +34,10 @@ def main(*positional: str, **flags: object) -> None:
     run_folder.check(run)
     from unlearn_ds import doctor
 
-    doctor.before_run(run)
+    problems = doctor.before_run(run)
     from unlearn_ds import trainer
 
-    code = trainer.train(run)
+    code = trainer.train(run, problems)
     log.say(f"seconds     {time.monotonic() - BEGAN:.0f} from start to end")
     dist.shutdown()
     sys.exit(code)

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from unlearn_ds import arguments, ds_json, ranks, versions
@@ -22,6 +23,10 @@ from unlearn_ds.preflight.findings import Finding, Subject, go_through, of_this_
 from unlearn_ds.registry import LAUNCH_CHECKS, QUICK_CHECKS
 
 FINE, STOPPED = 0, 2
+BETWEEN = "\n       "
+"""Of problems, which stand below each other behind "error: "."""
+BEFORE_MEETING = {"stale locks", "port"}
+"""Checks whose failure would let ranks wait for each other."""
 PLAN_SECONDS = 22.0
 """For importing torch and transformers beside the examination of the nodes."""
 
@@ -240,23 +245,30 @@ def _answer_plan() -> None:
     print(node.MARK + json.dumps(found._asdict()))
 
 
-def before_run(config: RunConfig) -> None:
-    """The checks that take milliseconds, on the first rank of each node; ``UsageError`` tells all problems at once."""
+def before_run(config: RunConfig) -> list[str]:
+    """The checks that take milliseconds, on the first rank of each node.
+
+    Raises ``UsageError`` with all problems at once. Among several nodes a problem that does not keep ranks from meeting
+    is returned instead: a node that left now would be waited for, so ``same_on_all_ranks`` tells it everywhere.
+    """
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        return
+        return []
     subject = of_this_rank(config)
     findings = go_through(QUICK_CHECKS, subject)
     named = f"{subject.node}: " if subject.several_nodes else ""
     for finding in findings:
         if finding.status == "warn":
             print(f"warning     {named}{finding.seen}; {finding.do}", flush=True)
-    problems = [f"{named}{finding.seen}. To do: {finding.do}" for finding in findings if finding.status == "fail"]
-    if problems:
-        raise UsageError("\n       ".join(problems))
+    failed = [finding for finding in findings if finding.status == "fail"]
+    problems = [f"{named}{finding.seen}. To do: {finding.do}" for finding in failed]
+    if problems and (not subject.several_nodes or {finding.check for finding in failed} & BEFORE_MEETING):
+        raise UsageError(BETWEEN.join(problems))
+    return problems
 
 
-def same_on_all_ranks(config: RunConfig) -> None:
-    """Raise ``UsageError`` on all ranks, naming nodes, where code, packages or the run differ among them.
+def same_on_all_ranks(config: RunConfig, problems: Sequence[str] = ()) -> None:
+    """Raise ``UsageError`` on all ranks for what ``before_run`` has found on any node, and, naming nodes, where code,
+    packages or the run differ among them.
 
     The process group must be there. The first rank of each node tells; one node alone has nobody to differ from.
     """
@@ -264,6 +276,9 @@ def same_on_all_ranks(config: RunConfig) -> None:
 
     if dist.world_size() == dist.local_world_size():
         return
+    everywhere = [problem for told in dist.gather_objects(list(problems)) for problem in told]
+    if everywhere:
+        raise UsageError(BETWEEN.join(everywhere))
     mine = None
     if os.environ.get("LOCAL_RANK", "0") == "0":
         about = {**versions.package_versions(), "deepspeed": versions.installed("deepspeed")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ from unlearn_ds.registry import SCENARIOS, resolve
 from unlearn_ds.scenarios import ScenarioData
 
 
-def train(config: RunConfig) -> int:
-    """Join the other ranks and run. Returns the exit code."""
+def train(config: RunConfig, problems: Sequence[str] = ()) -> int:
+    """Join the other ranks and run. Returns the exit code. problems: what ``doctor.before_run`` has found here."""
     if not config.log.verbose:
         log.quiet()
     device = engine.start(config.engine)
@@ -41,7 +42,7 @@ def train(config: RunConfig) -> int:
         if run_folder.is_finished(config):
             log.say(f"end         {config.output_dir} holds this run, finished")
             return FINISHED
-        doctor.same_on_all_ranks(config)
+        doctor.same_on_all_ranks(config, problems)
         return unlearn(config, device)
 
 

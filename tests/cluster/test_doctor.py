@@ -1,4 +1,4 @@
-"""What the doctor finds on real hosts, by the launcher that asks it first: named, within its time, and no run starts."""
+"""What the doctor finds on real hosts, asked by a launcher: named, within its time, and no run starts."""
 
 from __future__ import annotations
 

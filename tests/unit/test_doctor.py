@@ -50,6 +50,20 @@ def test_the_main_rank_refuses_a_busy_port_and_torchruns_agent_may_have_it(confi
         doctor.before_run(config)
 
 
+def test_a_problem_of_one_of_several_nodes_is_told_on_all_once_they_have_met(config, tmp_path, monkeypatch):
+    """A node that left before would be waited for."""
+    for name, value in (("RANK", "2"), ("WORLD_SIZE", "4"), ("LOCAL_SIZE", "2"), ("HF_HUB_OFFLINE", "1"),
+                        ("HF_HOME", str(tmp_path / "hf"))):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    problems = doctor.before_run(config)
+    assert len(problems) == 1 and problems[0].startswith(f"{socket.gethostname()}: ") and "org/name" in problems[0]
+    monkeypatch.setattr(dist, "world_size", lambda: 4)
+    monkeypatch.setattr(dist, "local_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [[], [], problems, []])
+    with pytest.raises(UsageError, match="org/name"):
+        doctor.same_on_all_ranks(config, [])
+
+
 def test_warnings_are_a_line_each(config, monkeypatch, capsys):
     warning = findings.warn("little of it", "get more")
     monkeypatch.setattr(doctor, "go_through", lambda table, subject: [warning, findings.ok("fine")])
@@ -92,9 +106,9 @@ def test_ranks_of_two_nodes_that_differ_all_leave_with_the_difference(config, mo
     told = []
     monkeypatch.setattr(dist, "gather_objects", lambda mine: told.append(mine) or [mine, mine])
     doctor.same_on_all_ranks(config)
-    (host, values), others = told[0], {**told[0][1], "--seed": "5"}
+    (host, values), others = told[-1], {**told[-1][1], "--seed": "5"}
     assert host == socket.gethostname() and values["torch"] and values["code"]
-    monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, ("n2", others)])
+    monkeypatch.setattr(dist, "gather_objects", lambda mine: [mine, ("n2", others)] if mine else [[], []])
     with pytest.raises(UsageError, match=rf"not alike: --seed is 0 on {host}, 5 on n2"):
         doctor.same_on_all_ranks(config)
 
