@@ -13,4 +13,5 @@ for holder in "$FOLDER"/node*.pid; do
 done
 [[ -e $FOLDER/munged.pid ]] && kill "$(cat "$FOLDER/munged.pid")"
 [[ -e $FOLDER/bridge ]] && ip link delete "$(cat "$FOLDER/bridge")"
+mountpoint -q "$FOLDER/small" && umount "$FOLDER/small"
 rm -rf "$FOLDER"

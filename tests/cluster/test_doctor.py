@@ -16,9 +16,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.dist]
 LONGEST = 30
 
 
-def refused(cluster, out, *nodes, port=None, **variables):
+def refused(cluster, out, *nodes, port=None, more=(), **variables):
     """What hostfile.sh says of a run that must not start."""
-    command = ["bash", "launchers/hostfile.sh", cluster.hostfile(*(nodes or ("node1", "node2"))), *cluster.flags(out)]
+    hostfile = cluster.hostfile(*(nodes or ("node1", "node2")))
+    command = ["bash", "launchers/hostfile.sh", hostfile, *cluster.flags(out, *more)]
     ports = {"MASTER_PORT": port} if port else {}
     code, output = cluster.run("node1", command, UNLEARN_DS_DOCTOR="on", **ports, **variables)
     assert code == 2, output
@@ -82,14 +83,14 @@ def test_another_version_on_one_node(cluster, tmp_path):
     assert "safetensors" in said and "0.0.1" in said and version in said and "node2" in said, said
 
 
-def test_a_full_disk(cluster, tmp_path):
-    # Room for the launcher's own few bytes.
-    on(cluster, "node2", "head -c 511M /dev/zero > /tmp/node/full")
+def test_a_full_disk(cluster):
+    small = cluster.folder / "small"
+    on(cluster, "node1", f"head -c 7M /dev/zero > {small}/full")
     try:
-        said = refused(cluster, tmp_path / "out", TMPDIR="/tmp/node")
+        said = refused(cluster, small / "out", more=("--save_every", 2))
     finally:
-        on(cluster, "node2", "rm /tmp/node/full")
-    assert re.search(r"node2.{0,200}/tmp/node", said), said
+        on(cluster, "node1", f"rm {small}/full")
+    assert re.search(rf"fail free disk.{{0,200}}{small}", said), said
 
 
 def test_a_busy_port(cluster, tmp_path):

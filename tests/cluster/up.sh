@@ -7,8 +7,10 @@ set -euo pipefail
 FOLDER="$(realpath -m "$1")" NUM_NODES="$2" SUBNET="$3"
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 PATH="$PATH:/usr/sbin:/sbin"
-mkdir -p "$FOLDER"/{ssh,slurm/state,log} /run/sshd /tmp/node
+mkdir -p "$FOLDER"/{ssh,slurm/state,log,small} /run/sshd /tmp/node
 chmod 755 "$FOLDER"
+# A disk that is soon full and that all nodes share: they take over what is mounted now.
+mount -t tmpfs -o size=8m tmpfs "$FOLDER/small"
 trap 'status=$?; ((status == 0)) || { cat "$FOLDER"/log/* >&2; bash "$HERE/down.sh" "$FOLDER"; }' EXIT
 
 echo "127.0.0.1 localhost" > "$FOLDER/hosts"
