@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from unlearn_ds.config import UsageError
-from unlearn_ds.types import SharedPrompts
+from unlearn_ds.types import PackedBatch, SharedPrompts
 
 Attention = Callable[..., torch.Tensor]
 """(query, key, value, packing) -> what each token has attended to."""
@@ -239,6 +239,36 @@ def _flex_mask(packing: Packing, num_tokens: int):
 
     allowed = mask_function(packing, num_tokens)
     return create_block_mask(allowed, None, None, num_tokens, num_tokens, device=packing.cu_seqlens.device)
+
+
+def needed_pairs(batch: PackedBatch, window: int | None) -> int:
+    """(query, key) pairs of a batch on the host: a token attends to as many tokens as its position says, and itself.
+
+    A shared prompt attends once; its answers attend to it and to themselves."""
+    seen_T = batch.position_ids_T + 1
+    return int((seen_T if window is None else seen_T.clamp(max=window)).sum())
+
+
+def executed_pairs(batch: PackedBatch, window: int | None, name: str, device_type: str) -> int:
+    """(query, key) pairs whose scores an implementation computes for a batch on the host.
+
+    FlexAttention lets each token of the stream attend once; the others copy shared prompts, and ``sdpa`` fills a
+    rectangle, on a CPU its masked half too. Blocks that a kernel cannot skip whole are counted as if it could.
+    """
+    if name == "flex":
+        return needed_pairs(batch, window)
+    lengths_S = batch.cu_seqlens.diff().long()
+    if name == "sdpa":
+        longest = batch.max_seqlen
+        full = device_type == "cpu" and longest <= SHORT
+        return lengths_S.numel() * (longest**2 if full else _causal_pairs(longest, window))
+    return sum(_causal_pairs(length, window) for length in lengths_S.tolist())
+
+
+def _causal_pairs(length: int, window: int | None) -> int:
+    """Pairs of one sequence in which each token attends to itself and the ``window - 1`` before it."""
+    ramp = min(length, window or length)
+    return ramp * (ramp + 1) // 2 + (length - ramp) * ramp
 
 
 def mask_function(packing: Packing, num_tokens: int) -> Callable[..., torch.Tensor]:

@@ -28,7 +28,7 @@ LEVELS = {
         "kernels",
     ],  # fmt: skip
     1: ["dist", "log", "ops", "cost", "attention", "stopping"],
-    2: ["model", "lora", "reference", "embedded", "data", "objectives", "metrics"],
+    2: ["model", "lora", "matrices", "reference", "embedded", "data", "objectives", "metrics"],
     3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder", "generate"],
     4: ["evaluate", "plan", "doctor", "build", "prepare", "own_answers", "export", "comparison"],
     5: ["loop"],
@@ -37,7 +37,9 @@ LEVELS = {
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
 
-NEIGHBOURS = {("reference", "data.packing"), ("model", "lora")}
+NEIGHBOURS = {
+    ("reference", "data.packing"), ("model", "lora"), ("matrices", "lora"), ("matrices", "data.packing"),
+}  # fmt: skip
 """(room, module) of one level that may be imported all the same."""
 
 LAUNCHERS_MAY_IMPORT = {"trainer", "doctor", "plan", "cost", "dist", "log", "run_folder", "comparison", *LEVELS[0]}
