@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
-MEASURED = ("step_seconds", "tokens_per_second", "tflops_per_device", "mfu", "peak_memory_bytes")
+MEASURED = (
+    "step_seconds", "tokens_per_second", "tflops_per_device", "mfu", "peak_memory_bytes", "host_memory_bytes",
+)  # fmt: skip
 """Fields of metrics.jsonl that no two runs share."""
 
 SMALL_EVALUATION = (
