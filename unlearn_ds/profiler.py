@@ -297,7 +297,7 @@ def step_line(line: Mapping[str, Any]) -> str:
     return (
         f"step {line['step']:>5}  loss {line['loss']:>8.4f}  grad_norm {line['grad_norm']:>8.3f}  "
         f"memory {line['peak_memory_bytes'] / 2**30:>6.2f}GiB  tps {line['tokens_per_second']:>8,.0f}  "
-        f"tflops {line['tflops_per_device']:>7.2f}  mfu {mfu}"
+        f"tflops {line['tflops_per_device']:>8.3g}  mfu {mfu}"
     )
 
 

@@ -29,11 +29,11 @@ LEVELS = {
     ],  # fmt: skip
     1: ["dist", "log", "ops", "cost", "attention", "stopping"],
     2: ["model", "lora", "matrices", "reference", "embedded", "data", "objectives", "metrics"],
-    3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder", "generate"],
+    3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder", "generate", "projection"],
     4: ["evaluate", "plan", "doctor", "build", "prepare", "own_answers", "export", "comparison"],
     5: ["loop"],
     6: ["memorize"],
-    7: ["trainer"],
+    7: ["trainer", "throughput"],
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
 
@@ -42,7 +42,19 @@ NEIGHBOURS = {
 }  # fmt: skip
 """(room, module) of one level that may be imported all the same."""
 
-LAUNCHERS_MAY_IMPORT = {"trainer", "doctor", "plan", "cost", "dist", "log", "run_folder", "comparison", *LEVELS[0]}
+LAUNCHERS_MAY_IMPORT = {
+    "trainer",
+    "throughput",
+    "projection",
+    "doctor",
+    "plan",
+    "cost",
+    "dist",
+    "log",
+    "run_folder",
+    "comparison",
+    *LEVELS[0],
+}
 
 WITHOUT_TORCH = {"config", "checks", "registry", "presets", "studies", "arguments", "ds_json", "stopping"}
 """The command line must answer before torch is loaded."""

@@ -33,6 +33,13 @@ def achievable_flops(device_name: str) -> float | None:
     return _of(device_name, ACHIEVABLE_TFLOPS)
 
 
+def memory_name(device_name: str) -> str | None:
+    """Name of a device in ``MEMORY_TB_PER_SECOND``; None for one that is not there. An A100 tells its memory itself."""
+    plain = device_name.replace("A100-SXM4-80GB", "A100-80G").replace("A100-SXM4-40GB", "A100-40G")
+    names = sorted((name for name in MEMORY_TB_PER_SECOND if name in plain), key=len)
+    return names[-1] if names and "PCIe" not in device_name else None
+
+
 def _of(device_name: str, table: Mapping[str, float]) -> float | None:
     # Of the names that fit the longest, so that an H100 PCIe is no H100.
     names = sorted((name for name in PEAK_TFLOPS if name in device_name), key=len)
