@@ -28,7 +28,7 @@ LEVELS = {
         "kernels",
     ],  # fmt: skip
     1: ["dist", "log", "ops", "cost", "attention", "stopping"],
-    2: ["model", "lora", "matrices", "reference", "embedded", "data", "objectives", "metrics"],
+    2: ["model", "lora", "matrices", "reference", "embedded", "drawing", "data", "objectives", "metrics"],
     3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder", "generate", "projection"],
     4: ["evaluate", "plan", "doctor", "build", "prepare", "own_answers", "export", "comparison"],
     5: ["loop"],
