@@ -52,6 +52,7 @@ def stack(parts: Sequence[tuple[str, Sequence[float]]], first: int) -> str:
             bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
         _frame(axes, [0.0, *bottom], False, inks[0])
         axes.set_ylim(0, 1.05 * max(bottom))
+        axes.set_axisbelow(True)
 
     return _svg([name for name, _ in parts], draw, 2.7)
 

@@ -36,6 +36,19 @@ def main(config: RunConfig, num_steps: int, against: str, device: str, num_devic
 def measure(config: RunConfig, num_steps: int) -> tuple[dict[str, Any], Actor]:
     """Take ``num_steps`` optimizer steps as a run would, and return their figures (medians over the steps after the
     first ones) and the model's sizes."""
+    run = build_run(config, num_steps)
+    run.fit({"step": 0, "skipped_in_a_row": 0})
+    run.profiler.finish(run.folder)
+    architecture = run.policy.model.config
+    size, text = models.size(architecture), architecture.get_text_config()
+    options, heads = text.to_dict(), text.num_attention_heads
+    kv_heads = options.get("num_key_value_heads") or heads
+    actor = Actor(size, kv_heads * (options.get("head_dim") or text.hidden_size // heads))
+    return figures(config, run.profiler, size.total), actor
+
+
+def build_run(config: RunConfig, num_steps: int) -> Run:
+    """The run of ``config`` with ``num_steps`` steps, and without evaluations, checkpoints and memorizing first."""
     short = replace(
         config, stop=StopConfig(),
         **{"optim.max_steps": num_steps, "eval.every": 0, "checkpoint.save_every": 0, "checkpoint.overwrite": True},
@@ -54,17 +67,9 @@ def measure(config: RunConfig, num_steps: int) -> tuple[dict[str, Any], Actor]:
     policy = build.policy(short, path, values, device)
     loader = build.loader(short, encoder, data, data.forget["train"])
     reference = build.reference(short, path, values, policy, loader)
-    run = Run(
+    return Run(
         short, policy, loader, log.StopSignal().watch(), build.stopping(short), reference, folder, profiler=profiler
     )
-    run.fit({"step": 0, "skipped_in_a_row": 0})
-    profiler.finish(folder)
-    text = policy.model.config.get_text_config()
-    size, heads = models.size(policy.model.config), text.num_attention_heads
-    options = text.to_dict()
-    kv_heads = options.get("num_key_value_heads") or heads
-    actor = Actor(size, kv_heads * (options.get("head_dim") or text.hidden_size // heads))
-    return figures(config, profiler, size.total), actor
 
 
 def figures(config: RunConfig, profiler: Profiler, parameters: int) -> dict[str, Any]:
