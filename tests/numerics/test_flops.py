@@ -1,5 +1,7 @@
 """Counted FLOPs against the counters of torch and DeepSpeed, which watch every operation of a real step."""
 
+import itertools
+
 import pytest
 import torch
 from architectures import CONFIGS, VOCABULARY, make_rows
@@ -16,8 +18,9 @@ from unlearn_ds.types import EncodedRow, ReferenceRows, Term
 
 TERMS = [Term("forget", "forget", "ce", -1.0, bound=1e3), Term("mismatch", "mismatch", "ce", 1.0),
          Term("retain", "retain", "kl", 1.0)]  # fmt: skip
-NAMES = ("llama", "opt", "opt_350m", "gpt_neox", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "mistral",
-         "mistral_window", "gpt2", "phi3")  # fmt: skip
+NAMES = ("llama", "opt", "gpt_neox", "qwen2", "gemma", "mistral")
+SPECIAL = ("opt_350m", "gemma2", "gemma3", "mistral_window", "gpt2")
+"""Projections beside the layers, norms after them, windows, and weights stored the other way round."""
 
 
 def make_batch(share=True):
@@ -57,23 +60,21 @@ def counted(name, batch, checkpointing=False, reference="resident", rank=0, laye
     return ours, counter.get_total_flops()
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "checkpointing"), [*itertools.product(NAMES, (False, True)),
+                                                     *((name, True) for name in SPECIAL)])  # fmt: skip
 def test_hardware_flops_are_what_torch_counts(name, checkpointing):
     ours, torchs = counted(name, make_batch(), checkpointing)
     assert ours.hardware == pytest.approx(torchs, rel=0.02)
     assert ours.model < ours.hardware
 
 
-@pytest.mark.parametrize("share", [False, True])
-@pytest.mark.parametrize("reference", ["resident", "cached"])
+@pytest.mark.parametrize(("reference", "share"), [("resident", False), ("cached", True)])
 def test_every_reference_and_stream_is_counted(reference, share):
     ours, torchs = counted("llama", make_batch(share), reference=reference)
     assert ours.hardware == pytest.approx(torchs, rel=0.02)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt_neox"])
+@pytest.mark.parametrize(("name", "checkpointing"), [("llama", False), ("llama", True), ("opt", True)])
 def test_lora_is_counted(name, checkpointing):
     ours, torchs = counted(name, make_batch(), checkpointing, "adapter", rank=4)
     assert ours.hardware == pytest.approx(torchs, rel=0.02)
@@ -118,7 +119,7 @@ def test_a_window_limits_the_pairs():
     assert work.pairs == work.executed == {4: 1 + 2 + 3 + 4 * 7, None: 55}
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "gpt_neox", "qwen2", "gemma", "mistral"])
+@pytest.mark.parametrize("name", NAMES)
 def test_deepspeeds_profiler_counts_the_same_forward(name):
     """Its counter knows no backward; it sees the plain model, whose head runs on every token."""
     architecture = CONFIGS[name]()
