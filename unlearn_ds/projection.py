@@ -76,15 +76,19 @@ def print_projection(found: Mapping[str, Any]) -> None:
 def print_table(device: str) -> None:
     """The analytic table, as Markdown: models and recipes by FLOPs, device-hours and ratios."""
     titles = ("model", "recipe", "FLOPs", "hours", *DENOMINATORS, "step3, hours", "2 % at")
-    table = _table(*titles)
-    for row in ratio.table(device=device):
+    table, rows = _table(*titles), ratio.table(device=device)
+    for row in rows:
         step3 = row["against"]["step3"]
         table.add_row(
             row["model"], row["recipe"], f"{row['flops']:.1e}", _hours(row["device_hours"]),
             *(_percent(row["against"][name]["flops_ratio"]) for name in DENOMINATORS), _percent(step3["hours_ratio"]),
             f"{row['samples_at_limit']:,.0f}",
         )  # fmt: skip
-    _print(table)
+    costs = _table("RLHF: FLOPs, hours", "devices", *DENOMINATORS)
+    for model, row in {row["model"]: row for row in rows}.items():
+        cells = [f"{entry['flops']:.1e}, {_hours(entry['hours'])}" for entry in row["against"].values()]
+        costs.add_row(model, str(ratio.MODELS[model]), *cells)
+    _print(table, costs)
     _say(f"hours: of {device}, at RLHF's speed. 2 % at: forget samples that reach 2 % of step3. Ratios are of FLOPs.")
     meanings = {name: meaning for name, (meaning, _) in {**ratio.RECIPES, **DENOMINATORS}.items()}
     _notes(meanings, [*ratio.RLHF_ASSUMPTIONS, *ratio.TABLE_ASSUMPTIONS])
