@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -245,24 +245,21 @@ def needed_pairs(batch: PackedBatch, window: int | None) -> int:
     """(query, key) pairs of a batch on the host: a token attends to as many tokens as its position says, and itself.
 
     A shared prompt attends once; its answers attend to it and to themselves."""
-    seen_T = batch.position_ids_T + 1
-    return int((seen_T if window is None else seen_T.clamp(max=window)).sum())
+    if window is None:
+        return int(batch.position_ids_T.sum()) + batch.num_tokens
+    return int((batch.position_ids_T + 1).clamp(max=window).sum())
 
 
-def executed_pairs(batch: PackedBatch, window: int | None, name: str, device_type: str) -> int:
-    """(query, key) pairs whose scores an implementation computes for a batch on the host.
+def executed_pairs(lengths: Sequence[int], window: int | None, rectangle: int | None, device_type: str) -> int:
+    """(query, key) pairs whose scores an implementation computes for sequences of these lengths.
 
-    FlexAttention lets each token of the stream attend once; the others copy shared prompts, and ``sdpa`` fills a
-    rectangle, on a CPU its masked half too. Blocks that a kernel cannot skip whole are counted as if it could.
+    rectangle: length that ``sdpa`` fills all sequences up to, on a CPU the masked half too; None for implementations
+    that know where sequences end. Blocks that a kernel cannot skip whole are counted as if it could.
     """
-    if name == "flex":
-        return needed_pairs(batch, window)
-    lengths_S = batch.cu_seqlens.diff().long()
-    if name == "sdpa":
-        longest = batch.max_seqlen
-        full = device_type == "cpu" and longest <= SHORT
-        return lengths_S.numel() * (longest**2 if full else _causal_pairs(longest, window))
-    return sum(_causal_pairs(length, window) for length in lengths_S.tolist())
+    if rectangle is None:
+        return sum(_causal_pairs(length, window) for length in lengths)
+    full = device_type == "cpu" and rectangle <= SHORT
+    return len(lengths) * (rectangle**2 if full else _causal_pairs(rectangle, window))
 
 
 def _causal_pairs(length: int, window: int | None) -> int:

@@ -14,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 from unlearn_ds import attention, lora
 from unlearn_ds.config import LoraConfig
 from unlearn_ds.cost.flops import Shape, Work
-from unlearn_ds.data.packing import kl_part
 from unlearn_ds.types import PackedBatch
 
 
@@ -101,18 +100,26 @@ def _attention_widths(architecture: PretrainedConfig) -> dict[int | None, int]:
 
 
 def work(batch: PackedBatch, shape: Shape, attention_name: str, device_type: str) -> Work:
-    """What ``batch``, on the host, puts through a model of this shape."""
-    found = _work(batch, shape, attention_name, device_type)
-    return found._replace(
-        reference=_work(kl_part(batch), shape, attention_name, device_type) if batch.kl_keys else None
-    )
+    """What ``batch``, on the host, puts through a model of this shape; plain numbers, for every step counts itself."""
+    lengths = batch.cu_seqlens.diff().tolist()
+    of_reference = lengths[len(lengths) - len(batch.kl_keys) :]
+    needed = {window: attention.needed_pairs(batch, window) for window in shape.attention}
 
+    def executed(of: list[int], pairs: dict[int | None, int]) -> dict[int | None, int]:
+        """By the implementation at hand; FlexAttention alone computes what is needed and no more."""
+        if attention_name == "flex":
+            return pairs
+        rectangle = batch.max_seqlen if attention_name == "sdpa" else None
+        return {window: attention.executed_pairs(of, window, rectangle, device_type) for window in shape.attention}
 
-def _work(batch: PackedBatch, shape: Shape, attention_name: str, device_type: str) -> Work:
+    reference = None
+    if batch.kl_keys:
+        # Its sequences end the stream, each with a prompt of its own.
+        own = {window: attention.executed_pairs(of_reference, window, None, device_type) for window in shape.attention}
+        reference = Work(
+            batch.num_tokens - batch.first_kl_token, batch.num_kl_rows, own, executed(of_reference, own)
+        )  # fmt: skip
+    num_bounded = 0 if batch.bounded_index is None else batch.bounded_index.numel()
     return Work(
-        batch.num_tokens,
-        batch.num_response_tokens,
-        {window: attention.needed_pairs(batch, window) for window in shape.attention},
-        {window: attention.executed_pairs(batch, window, attention_name, device_type) for window in shape.attention},
-        0 if batch.bounded_index is None else batch.bounded_index.numel(),
-    )
+        batch.num_tokens, batch.num_response_tokens, needed, executed(lengths, needed), num_bounded, reference
+    )  # fmt: skip

@@ -156,7 +156,7 @@ def _hours(value: float) -> str:
 
 def _percent(value: float) -> str:
     """Three digits, however small: a ratio that reads 0 says nothing."""
-    return f"{float(f'{100 * value:.3g}'):,f}".rstrip("0").rstrip(".") + " %"
+    return f"{float(f'{100 * value:.3g}'):,.12f}".rstrip("0").rstrip(".") + " %"
 
 
 def _table(*titles: str):

@@ -38,7 +38,7 @@ LEVELS = {
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
 
 NEIGHBOURS = {
-    ("reference", "data.packing"), ("model", "lora"), ("matrices", "lora"), ("matrices", "data.packing"),
+    ("reference", "data.packing"), ("model", "lora"), ("matrices", "lora"),
 }  # fmt: skip
 """(room, module) of one level that may be imported all the same."""
 
