@@ -114,6 +114,7 @@ def _draw(path: Path, found: Mapping[str, Any]) -> None:
     """Ratio of FLOPs against forget samples, one line a denominator, and where each crosses the limit."""
     import numpy as np  # here, so that a table does not wait for it
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     limit, at_limit, run = found["limit"], found["samples_at_limit"], found["forget_samples"]
     low, high = min(run, *at_limit.values()) / 8, max(run, *at_limit.values()) * 8
@@ -124,16 +125,21 @@ def _draw(path: Path, found: Mapping[str, Any]) -> None:
     axes.axhline(limit, color="#14886b", linewidth=1.2, linestyle=(0, (4, 3)))
     for (name, crossing), ink in zip(at_limit.items(), ("#e2572b", "#0b87b5", "#5b50e0", "#b7791f"), strict=True):
         chosen = name == found["against"]
-        axes.plot(samples, limit * samples / crossing, color=ink, linewidth=2.4 if chosen else 1.3,
-                  label=f"{name}: 2 % at {crossing:,.0f} samples", alpha=1 if chosen else 0.75)  # fmt: skip
-        axes.plot([crossing], [limit], marker="o", markersize=7 if chosen else 4.5, color=ink, markeredgecolor="white")
+        width, strength = (2.4, 1.0) if chosen else (1.3, 0.75)
+        axes.plot(samples, limit * samples / crossing, color=ink, linewidth=width, alpha=strength, zorder=2 + chosen,
+                  label=f"{name}: 2 % at {crossing:,.0f} samples")  # fmt: skip
+        if chosen:
+            axes.plot([crossing] * 2, [0, limit], color=ink, linewidth=1, linestyle=(0, (1, 2)))
+        axes.plot([crossing], [limit], marker="o", markersize=7 if chosen else 4.5, color=ink, markeredgecolor="white",
+                  zorder=4)  # fmt: skip
     mine = found["rlhf"][found["against"]]["flops_ratio"]
     axes.plot([run], [mine], marker="D", markersize=9, color="#161b26", markeredgecolor="white", zorder=5)
     right = run > (low * high) ** 0.5
-    axes.annotate(f"this run: {run:,} samples, {_percent(mine)}", (run, mine), (-12 if right else 12, -14),
+    axes.annotate(f"this run: {run:,} samples, {_percent(mine)}", (run, mine), (-12, 8) if right else (12, -14),
                   textcoords="offset points", ha="right" if right else "left", fontweight="bold")  # fmt: skip
     axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="forget samples (steps x batch)",
              ylim=(limit * low / max(at_limit.values()), limit * high / min(at_limit.values())))  # fmt: skip
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_ylabel("FLOPs of unlearning, share of RLHF's")
