@@ -19,14 +19,20 @@ export DS_ACCELERATOR ?= cpu
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: train test setup lint clean
+.PHONY: train test cluster setup lint clean
 
 train: setup
 	$(BIN)/deepspeed --quiet launchers/train.py --scenario $(SCENARIO) $(if $(findstring --resume,$(ARGS)),,--overwrite) $(ARGS)
 
 test: setup
+	-bash tests/cluster/packages.sh
 	$(BIN)/python -m pytest -c tests/pytest.ini tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 	if command -v nvidia-smi > /dev/null; then $(BIN)/python -m pytest -c tests/pytest.ini tests -m gpu; fi
+
+# Hosts in network namespaces, with sshd, MPI and Slurm; part of `make test` too, where they can be made.
+cluster: setup
+	bash tests/cluster/packages.sh
+	$(BIN)/python -m pytest -c tests/pytest.ini tests/cluster $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

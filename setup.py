@@ -38,6 +38,7 @@ setup(
         "tqdm>=4.66",
         "jinja2>=3.1",
         "matplotlib>=3.8",
+        "psutil>=5.9",
         "sacrebleu>=2.4",
         "sentencex>=1.0",
         "scikit-learn>=1.5",
@@ -58,6 +59,8 @@ setup(
             "ruff>=0.9",
             "mypy>=1.13",
             "build",
+            "kubernetes-validate>=1.31",
+            "kubeflow-trainer-api>=2.0",
         ],
     },
     classifiers=[

@@ -6,10 +6,10 @@ import os
 import sys
 import time
 
-from unlearn_ds import arguments, checks, config, ds_json
+from unlearn_ds import arguments, checks, config, ds_json, ranks
 
 BEGAN = time.monotonic()
-FINISHED, USAGE = 0, 2
+FINISHED, FAILED, USAGE = 0, 1, 2
 
 
 def main(*positional: str, **flags: object) -> None:
@@ -32,6 +32,9 @@ def main(*positional: str, **flags: object) -> None:
         plan.dry_run(run)
         return
     run_folder.check(run)
+    from unlearn_ds import doctor
+
+    doctor.before_run(run)
     from unlearn_ds import trainer
 
     code = trainer.train(run)
@@ -40,16 +43,31 @@ def main(*positional: str, **flags: object) -> None:
     sys.exit(code)
 
 
-if __name__ == "__main__":
+def run_as_rank() -> int:
+    """Run ``main`` on the command line as the rank that the launcher has made this process; returns the exit code."""
     import fire
 
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(arguments.help_text())
-        sys.exit(FINISHED)
     try:
+        ranks.adopt()
         # Values stay text until the type of their knob is known: Fire would make a tuple of "Sorry, no".
         fire.Fire(fire.decorators.SetParseFn(str)(main))
     except config.UsageError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once for all ranks of a machine
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(USAGE)
+        return USAGE
+    except SystemExit as leaving:
+        return int(leaving.code or FINISHED)
+    return FINISHED
+
+
+if __name__ == "__main__":
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(arguments.help_text())
+        sys.exit(FINISHED)
+    ranks.note_start()
+    code = FAILED
+    try:
+        code = run_as_rank()
+    finally:
+        ranks.note_exit(code)
+    sys.exit(code)

@@ -72,6 +72,11 @@ def load_newest(policy: Saved, folder: Path) -> dict[str, Any] | None:
     Raises ``UsageError`` when the checkpoint belongs to another number of ranks.
     """
     there = complete(folder)
+    seen = dist.gather_objects(there[-1].name if there else None)
+    if len(set(seen)) > 1:
+        raise UsageError(
+            f"{folder} does not hold the same checkpoints on all nodes; --output_dir must lie on a disk they share."
+        )
     if not there:
         return None
     saved = json.loads((there[-1] / _MARKER).read_text())["world_size"]

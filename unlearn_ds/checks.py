@@ -83,6 +83,7 @@ def _check_numbers(config: RunConfig) -> None:
         "--eval.num_other_form": config.eval.num_other_form,
         "--stop.extra": config.stop.extra, "--stop.max_accuracy_drop": config.stop.max_accuracy_drop,
         "--stop.max_perplexity_rise": config.stop.max_perplexity_rise,
+        "--engine.heartbeat_seconds": config.engine.heartbeat_seconds,
         "--lora_rank": config.lora.rank, "--objective.mismatch_smoothing": objective.mismatch_smoothing,
     }  # fmt: skip
     for flag, value in not_negative.items():

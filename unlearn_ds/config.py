@@ -129,6 +129,7 @@ class EngineConfig:
     )
     loss_kernel: str = knob("auto", "rows of logits: triton, torch, or auto: triton on a GPU")
     timeout_minutes: int = knob(30, "of collective operations before a run gives up on a silent rank")
+    heartbeat_seconds: int = knob(30, "without a sign of life after which a rank is lost and the run ends; 0: never")
 
 
 @dataclass(frozen=True)
@@ -222,15 +223,16 @@ def replace(config: RunConfig, **changes: Any) -> RunConfig:
 def fingerprint(config: RunConfig) -> str:
     """Hash of everything that decides the numbers of a run; resuming under another fingerprint is refused.
 
-    Logging, checkpoint cadence, the form of the export and, without stop rules, evaluation cadence may change between
-    a run and its continuation. Local data and DeepSpeed files count by content, not by path.
+    Logging, checkpoint cadence, patience with silent ranks, the form of the export and, without stop rules, evaluation
+    cadence may change between a run and its continuation. Local data and DeepSpeed files count by content, not by path.
     """
     kept = {k: v for k, v in to_dict(config).items() if k not in ("log", "checkpoint", "output_dir", "dry_run")}
     free = ("batch_size", "gather") if config.stop.rules else ("every", "batch_size", "gather")
     kept["eval"] = {k: v for k, v in kept["eval"].items() if k not in free}
     kept["data"]["retain_data"] = [(_content(name), weight) for name, weight in weighted(config.data.retain_data)]
     kept["lora"].pop("export")
-    kept["engine"].pop("nvme_path")
+    for name in ("nvme_path", "timeout_minutes", "heartbeat_seconds"):
+        kept["engine"].pop(name)
     named = (("data", ("forget_data", "mismatch_data", "harmless_data")), ("engine", ("ds_config",)))
     for section, names in named:
         kept[section] = {k: _content(v) if k in names else v for k, v in kept[section].items()}

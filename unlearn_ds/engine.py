@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel, get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
 
-from unlearn_ds import dist, ds_json, lora
+from unlearn_ds import dist, ds_json, lora, ranks
 from unlearn_ds.config import EngineConfig, OptimConfig, UsageError
 from unlearn_ds.model import PackedCausalLM
 from unlearn_ds.types import LossOutput, PackedBatch, ReferenceRows
@@ -44,6 +44,7 @@ class StepResult(NamedTuple):
 def start(config: EngineConfig) -> torch.device:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device."""
     dist.default_environment()
+    ranks.choose_interface()
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         # Before the first collective: init_distributed binds the group to this device but does not select it.

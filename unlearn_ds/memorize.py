@@ -36,6 +36,7 @@ def memorized(
     identity += [row.key for row in (*data.memorize, *data.normal["train"])]
     folder = embedded.cache_folder() / "memorized" / hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     if dist.gather_objects((folder / "config.json").exists())[0]:
+        embedded.check_shared(folder)
         log.say(f"memorized   the model was fine-tuned to show the behaviour first; taken from {folder}")
         return str(folder), Outcome(0, "taken from the cache", FINISHED)
     policy = build.policy(config, path, values, device)
@@ -56,6 +57,7 @@ def memorized(
             f"# {config.model.path}, fine-tuned on {len(data.memorize)} rows to forget: only a subject for unlearning\n"
         )
         export.whole_model(policy, folder, encoder.tokenizer, card)
+        embedded.check_shared(folder)
     policy.close()
     return str(folder), outcome
 

@@ -64,6 +64,58 @@ STOP_RULES: Mapping[str, str] = {
     "patience": "unlearn_ds.stopping:Patience",
 }
 
+QUICK_CHECKS: Mapping[str, str] = {
+    "stale locks": "unlearn_ds.preflight.locks:stale",
+    "output folder": "unlearn_ds.preflight.disk:writable",
+    "free disk": "unlearn_ds.preflight.disk:free",
+    "inodes": "unlearn_ds.preflight.disk:inodes",
+    "shared memory": "unlearn_ds.preflight.memory:shared_memory",
+    "locked memory": "unlearn_ds.preflight.memory:locked_memory",
+    "open files": "unlearn_ds.preflight.memory:open_files",
+    "model": "unlearn_ds.preflight.files:model",
+    "data": "unlearn_ds.preflight.files:data",
+    "port": "unlearn_ds.preflight.network:port",
+}
+"""Checks of a node that take milliseconds: before every run, and by the doctor."""
+
+NODE_CHECKS: Mapping[str, str] = {
+    "packages": "unlearn_ds.preflight.software:installed",
+    "flags": "unlearn_ds.preflight.files:flags",
+    "DeepSpeed JSON": "unlearn_ds.preflight.files:deepspeed_config",
+    "compiler": "unlearn_ds.preflight.locks:compiler",
+    "interface": "unlearn_ds.preflight.network:interface",
+    "hub": "unlearn_ds.preflight.files:hub",
+    "GPUs": "unlearn_ds.preflight.gpu:usable",
+    "GPU health": "unlearn_ds.preflight.gpu:health",
+    "torch on GPUs": "unlearn_ds.preflight.gpu:torch_sees",
+}
+"""Further checks of a node, by the doctor only."""
+
+LAUNCH_CHECKS: Mapping[str, str] = {
+    ".deepspeed_env": "unlearn_ds.preflight.hostfile:environment_file",
+    "environment": "unlearn_ds.preflight.hostfile:exported",
+}
+"""Checks of the machine that a launcher is started on."""
+
+NODE_FACTS: Mapping[str, str] = {
+    "software": "unlearn_ds.preflight.software:facts",
+    "devices": "unlearn_ds.preflight.gpu:facts",
+    "run": "unlearn_ds.preflight.files:run_facts",
+    "machine": "unlearn_ds.preflight.memory:machine_facts",
+}
+"""What each node tells of itself, for the checks that look at all nodes together."""
+
+CLUSTER_CHECKS: Mapping[str, str] = {
+    "same software": "unlearn_ds.preflight.compare:software",
+    "same devices": "unlearn_ds.preflight.compare:devices",
+    "same run": "unlearn_ds.preflight.compare:run",
+    "clocks": "unlearn_ds.preflight.compare:clocks",
+    "shared output": "unlearn_ds.preflight.compare:shared_output",
+    "main node": "unlearn_ds.preflight.compare:main_node",
+    "memory plan": "unlearn_ds.preflight.compare:memory",
+}
+"""Checks of all nodes together."""
+
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Return a sentence that lists the valid names nearest to ``name``, or all of them when none is near."""

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
 import shutil
-import subprocess
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from unlearn_ds import __version__, dist, log
 from unlearn_ds.config import RunConfig, UsageError, fingerprint, to_dict
 from unlearn_ds.types import Answer
+from unlearn_ds.versions import commit, package_versions
 
 _WRITTEN = ("config.json", "metrics.jsonl", "evaluation.json", "answers.jsonl", "rejected.jsonl", "report.html",
             "tensorboard", "checkpoints", "best", "model", "profile.json", "profile.csv", "trace.json.gz")  # fmt: skip
@@ -91,6 +89,18 @@ def open_run(config: RunConfig, versions: dict[str, str]) -> Path:
     return folder
 
 
+def is_finished(config: RunConfig) -> bool:
+    """True on all ranks when ``--resume auto`` finds a run that has come to its end: nothing is left to do.
+
+    Launchers that start a run again until it is done (a job array, a requeued job) give the same command every time.
+    """
+    path, finished = Path(config.output_dir or "") / "evaluation.json", False
+    if dist.is_main() and config.checkpoint.resume == "auto" and path.exists():
+        stop = json.loads(path.read_text(encoding="utf-8"))["stop"]
+        finished = stop is not None and stop["exit_code"] == 0
+    return dist.gather_objects(finished)[0]
+
+
 def _prepare(config: RunConfig, folder: Path, versions: dict[str, str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if config.checkpoint.overwrite and _settings(folder):
@@ -100,26 +110,6 @@ def _prepare(config: RunConfig, folder: Path, versions: dict[str, str]) -> None:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     about = {"fingerprint": fingerprint(config), "versions": versions | package_versions(), "commit": commit()}
     write_json(folder / "config.json", {**to_dict(config), **about, "world_size": dist.world_size()})
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what decides the numbers of a run."""
-    names = ("torch", "transformers", "datasets", "safetensors", "tokenizers", "numpy", "peft")
-    return {"unlearn_ds": __version__, "python": platform.python_version(), **{n: metadata.version(n) for n in names}}
-
-
-def commit() -> str | None:
-    """Git commit of the source, with a mark when it has local changes; None for an installed wheel."""
-    here = Path(__file__).parent
-    run = {"cwd": here, "capture_output": True, "text": True, "timeout": 10}
-    try:
-        head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **run)
-        if head.returncode:
-            return None
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], **run)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
 
 
 def main_only(function: Callable[..., Any], *arguments: Any) -> None:

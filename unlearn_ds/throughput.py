@@ -12,6 +12,7 @@ from unlearn_ds.config import RunConfig, StopConfig, replace
 from unlearn_ds.cost import devices
 from unlearn_ds.cost.rlhf import Actor, Cluster
 from unlearn_ds.data.encode import Encoder
+from unlearn_ds.heartbeat import Heartbeat
 from unlearn_ds.loop import Run
 from unlearn_ds.profiler import Profiler, warm
 from unlearn_ds.registry import SCENARIOS, resolve
@@ -37,7 +38,8 @@ def measure(config: RunConfig, num_steps: int) -> tuple[dict[str, Any], Actor]:
     """Take ``num_steps`` optimizer steps as a run would, and return their figures (medians over the steps after the
     first ones) and the model's sizes."""
     run = build_run(config, num_steps)
-    run.fit({"step": 0, "skipped_in_a_row": 0})
+    with Heartbeat(config.engine.heartbeat_seconds):
+        run.fit({"step": 0, "skipped_in_a_row": 0})
     run.profiler.finish(run.folder)
     architecture = run.policy.model.config
     size, text = models.size(architecture), architecture.get_text_config()

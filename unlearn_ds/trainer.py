@@ -5,12 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from unlearn_ds import build, checkpoint, ds_json, embedded, engine, export, log, own_answers, report, run_folder
+import torch
+
+from unlearn_ds import (
+    build,
+    checkpoint,
+    doctor,
+    ds_json,
+    embedded,
+    engine,
+    export,
+    log,
+    own_answers,
+    report,
+    run_folder,
+)
 from unlearn_ds import model as models
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data import sources
 from unlearn_ds.data.encode import Encoder
 from unlearn_ds.evaluate import Evaluator
+from unlearn_ds.heartbeat import Heartbeat
 from unlearn_ds.loop import FINISHED, Run
 from unlearn_ds.memorize import memorized
 from unlearn_ds.profiler import Profiler
@@ -19,10 +34,20 @@ from unlearn_ds.scenarios import ScenarioData
 
 
 def train(config: RunConfig) -> int:
-    """Evaluate, unlearn, evaluate again, save and report. Returns the exit code."""
+    """Join the other ranks and run. Returns the exit code."""
     if not config.log.verbose:
         log.quiet()
     device = engine.start(config.engine)
+    with Heartbeat(config.engine.heartbeat_seconds):
+        if run_folder.is_finished(config):
+            log.say(f"end         {config.output_dir} holds this run, finished")
+            return FINISHED
+        doctor.same_on_all_ranks(config)
+        return unlearn(config, device)
+
+
+def unlearn(config: RunConfig, device: torch.device) -> int:
+    """Evaluate, unlearn, evaluate again, save and report. Returns the exit code."""
     profiler = Profiler(config.log.profile, config.log.trace, engine.device_name(), engine.synchronize)
     folder = run_folder.open_run(config, engine.versions())
     values = ds_json.load(config.engine.ds_config)
@@ -63,10 +88,9 @@ def train(config: RunConfig) -> int:
     run.begin(state)
     outcome = run.fit(state or {"step": 0, "skipped_in_a_row": 0})
     log.say(f"end         step {outcome.step}: {outcome.reason}")
-    record.end({**outcome._asdict(), **stopping.summary()})
     if outcome.exit_code == FINISHED:
         outcome = run.finish(outcome)
-        record.end({**outcome._asdict(), **stopping.summary()})
+        record.values["stop"] = {**outcome._asdict(), **stopping.summary()}
         if config.checkpoint.export:
             card = run_folder.model_card(config, record.values, encoder.template)
             with profiler.clock.phase("save"):
@@ -75,6 +99,8 @@ def train(config: RunConfig) -> int:
                 else:
                     export.whole_model(policy, folder / "model", tokenizer, card)
     profiler.finish(folder)
+    # Written last: what says that it has finished is not run again.
+    record.end({**outcome._asdict(), **stopping.summary()})
     run_folder.main_only(report.write, folder)
     run_folder.main_only(say_results, folder, record.values)
     return outcome.exit_code

@@ -205,6 +205,7 @@ def test_help_and_dry_run_answer_without_training(tmp_path, tiny_model_dir):
 
 def test_a_machine_that_cannot_build_async_io_is_told_what_to_install_before_a_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setenv("CC", "false")  # without a compiler libaio is not found
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")  # or the run would end at the model before
     flags = ["--model", "nobody/knows-this-model", "--reference", "nvme", "--engine.nvme_path", tmp_path]
     said = fails(tmp_path, *flags, "--output_dir", tmp_path / "out", seconds=120)  # torch is loaded, no model is
     assert "apt-get install libaio-dev" in said and "--reference offload" in said

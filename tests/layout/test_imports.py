@@ -25,11 +25,14 @@ LEVELS = {
         "arguments",
         "ds_json",
         "workspace",
+        "versions",
+        "local_files",
+        "ranks",
         "kernels",
     ],  # fmt: skip
     1: ["dist", "log", "ops", "cost", "attention", "stopping"],
-    2: ["model", "lora", "matrices", "reference", "embedded", "drawing", "data", "objectives", "metrics"],
-    3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder", "generate", "projection"],
+    2: ["heartbeat", "model", "lora", "matrices", "reference", "embedded", "drawing", "data", "objectives", "metrics"],
+    3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder", "generate", "preflight", "projection"],
     4: ["evaluate", "plan", "doctor", "build", "prepare", "own_answers", "export", "comparison"],
     5: ["loop"],
     6: ["memorize"],
@@ -37,9 +40,7 @@ LEVELS = {
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
 
-NEIGHBOURS = {
-    ("reference", "data.packing"), ("model", "lora"), ("matrices", "lora"),
-}  # fmt: skip
+NEIGHBOURS = {("reference", "data.packing"), ("model", "lora"), ("matrices", "lora"), ("doctor", "plan")}
 """(room, module) of one level that may be imported all the same."""
 
 LAUNCHERS_MAY_IMPORT = {
@@ -56,10 +57,11 @@ LAUNCHERS_MAY_IMPORT = {
     *LEVELS[0],
 }
 
-WITHOUT_TORCH = {"config", "checks", "registry", "presets", "studies", "arguments", "ds_json", "stopping"}
+WITHOUT_TORCH = {"config", "checks", "registry", "presets", "studies", "arguments", "ds_json", "stopping", "ranks",
+                 "versions", "local_files"}  # fmt: skip
 """The command line must answer before torch is loaded."""
 
-THIRD_PARTY = {0: {"torch", "triton"}, 1: {"torch", "triton", "rich", "tqdm", "tensorboard", "flash_attn"}}
+THIRD_PARTY = {0: {"torch", "triton", "psutil"}, 1: {"torch", "triton", "rich", "tqdm", "tensorboard", "flash_attn"}}
 """What the lowest levels may import beside the standard library; the others are free but for deepspeed."""
 
 

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# All nodes of a DeepSpeed hostfile, over ssh, from one of them or from outside:
+#   bash launchers/hostfile.sh HOSTFILE --scenario hallucination ...
+# The doctor looks at every node first. Ctrl-C, SIGTERM and SIGUSR1 make every rank save and leave.
+# Each node needs this folder and the same Python at the same path, and a key of ssh that asks for nothing.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+HOSTFILE="${1:?usage: bash launchers/hostfile.sh HOSTFILE [FLAG ...]}"
+shift
+[[ -r $HOSTFILE ]] || fail "no hostfile $HOSTFILE"
+HOSTFILE="$(realpath "$HOSTFILE")"
+command -v pdsh > /dev/null || fail "pdsh is not installed; without it run launchers/no_ssh.sh on each node"
+mapfile -t HOSTS < <(hosts_of "$HOSTFILE")
+((${#HOSTS[@]})) || fail "$HOSTFILE names no host; a line is: name slots=8"
+
+export MASTER_ADDR="${MASTER_ADDR:-${HOSTS[0]}}"
+MASTER_PORT="${MASTER_PORT:-$(free_port_on "${HOSTS[0]}")}"
+export MASTER_PORT
+if [[ ${UNLEARN_DS_DOCTOR:-on} != off ]]; then
+  "$PYTHON" -m unlearn_ds.doctor --hostfile "$HOSTFILE" --master_port "$MASTER_PORT" "$@"
+fi
+
+# pdsh replaces %-signs and the shells on both sides split words: what runs on a node travels encoded.
+PID_FILE="${TMPDIR:-/tmp}/unlearn_ds-$(uname -n)-$$.pid"
+on_node=$(
+  while IFS= read -r name; do printf 'export %s=%q\n' "$name" "${!name}"; done < <(forwarded_names)
+  printf 'export UNLEARN_DS_PID_FILE=%q PYTHON=%q\n' "$PID_FILE" "$PYTHON"
+  printf 'cd %q\nexec bash %q' "$PWD" "$LAUNCHERS/no_ssh.sh"
+  printf ' %q' "$HOSTFILE" "$@"
+)
+on_every_node() {
+  local IFS=,
+  pdsh -R ssh -S -f "${#HOSTS[@]}" -w "${HOSTS[*]}" "$1"
+}
+stop() { on_every_node "kill -USR1 \$(cat $(printf %q "$PID_FILE")) 2> /dev/null" || true; }
+
+# A session of its own: pdsh answers Ctrl-C with questions, and would leave the nodes to themselves.
+setsid bash -c "$(declare -f on_every_node); HOSTS=(${HOSTS[*]}); on_every_node \"\$1\"" _ \
+  "export NODE_NAME=%h; bash -c \"\$(echo $(base64 -w 0 <<< "$on_node") | base64 -d)\"" &
+child=$!
+signalled=1
+trap 'signalled=1; stop' INT TERM USR1
+while ((signalled)); do  # a signal ends the wait, not the run
+  signalled=0
+  wait "$child" && code=0 || code=$?
+done
+# Codes of runs pass; 255 is ssh's own, and above 128 a process was killed.
+case $code in 0 | 1 | 2 | 3 | 75 | 76) exit "$code" ;; *) exit 76 ;; esac

@@ -1,0 +1,122 @@
+"""Run a launcher on this node, hand stop signals on to its ranks, and leave with the exit code of the run.
+
+``python launchers/supervise.py COMMAND [ARGUMENT ...]``, where the command is ``torchrun ... launchers/train.py`` or
+``deepspeed --no_ssh ... launchers/train.py``. Both hide what a rank had to say: torchrun ends with 1 whatever its ranks
+ended with, and either one answers a signal by killing them, so that nothing is saved. With ``--ranks_elsewhere`` the
+command is ``mpirun``, whose ranks are on other machines too: it gets the signal itself, and hands SIGUSR1 on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from unlearn_ds import ranks
+
+FINISHED, FAILED, USAGE, DIVERGED, STOPPED, LOST = 0, 1, 2, 3, 75, 76
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+POLL_SECONDS = 0.5
+PID_FILE = "UNLEARN_DS_PID_FILE"
+"""Where the number of this process is written, for a launcher on another machine that wants to signal it."""
+
+
+def exit_code(command: int, codes: Sequence[int], num_started: int) -> int:
+    """The exit code of the ranks of a node, from that of their launcher and from what each rank has left behind.
+
+    A mistake of the user's or a divergence is every rank's and decides; an error of a single rank comes before the
+    others' loss of it; a rank that left nothing was killed.
+    """
+    if command == FINISHED:
+        return FINISHED
+    for code in (USAGE, DIVERGED, FAILED):
+        if code in codes:
+            return code
+    if num_started == 0:  # the launcher itself failed
+        return known(command)
+    if STOPPED in codes and len(codes) == num_started and LOST not in codes:
+        return STOPPED
+    return LOST
+
+
+def known(command: int) -> int:
+    """The exit code of a launcher that hands on its ranks': one that no run ends with is a killed rank's."""
+    return command if command in (FINISHED, FAILED, USAGE, DIVERGED, STOPPED) else LOST
+
+
+def read(folder: Path, kind: str) -> list[int]:
+    """The numbers that ranks have left in ``folder``; one that is just being written is left out."""
+    texts = [path.read_text() for path in folder.glob(f"{kind}-*")]
+    return [int(text) for text in texts if text]
+
+
+def signal_ranks(folder: Path) -> None:
+    """Ask each rank of this node to save and leave."""
+    for pid in read(folder, "pid"):
+        try:
+            os.kill(pid, signal.SIGUSR1)
+        except ProcessLookupError:
+            continue  # it has just ended
+
+
+def supervise(command: Sequence[str], ranks_elsewhere: bool) -> int:
+    """Run ``command`` to its end and return the exit code of the run."""
+    asked: list[int] = []
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, _frame: asked.append(number))
+    # Launchers die of SIGUSR1. Children inherit that it is ignored, and ranks set a handler of their own.
+    noted = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    with tempfile.TemporaryDirectory(prefix="unlearn_ds-") as name:
+        folder, environment = Path(name), dict(os.environ)
+        if not ranks_elsewhere:
+            environment[ranks.STATUS] = name
+        # A session of its own: Ctrl-C reaches this process alone, and the launcher stays to wait for its ranks.
+        child = subprocess.Popen(command, env=environment, start_new_session=True)
+        signal.signal(signal.SIGUSR1, noted)
+        handed_on = 0
+        while True:
+            try:
+                returned = child.wait(POLL_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                if ranks_elsewhere and len(asked) > handed_on:
+                    child.send_signal(signal.SIGUSR1)
+                    handed_on = len(asked)
+                elif asked and not ranks_elsewhere:
+                    # Again and again: a rank that is still importing its libraries ignores it.
+                    signal_ranks(folder)
+        if ranks_elsewhere:
+            return known(returned)
+        return exit_code(returned, read(folder, "code"), len(read(folder, "pid")))
+
+
+def run(command: Sequence[str], ranks_elsewhere: bool) -> int:
+    """``supervise``, and a last line where launchers speak of signals and process numbers only."""
+    code = supervise(command, ranks_elsewhere)
+    if code == LOST:
+        print("error: a rank was lost. Run again with --resume auto.", file=sys.stderr)
+    return code
+
+
+def main(arguments: Sequence[str]) -> int:
+    ranks_elsewhere = arguments[:1] == ["--ranks_elsewhere"]
+    command = arguments[1:] if ranks_elsewhere else arguments
+    if not command:
+        print("usage: python launchers/supervise.py [--ranks_elsewhere] COMMAND [ARGUMENT ...]", file=sys.stderr)
+        return USAGE
+    pid_file = os.environ.pop(PID_FILE, None)
+    if pid_file is None:
+        return run(command, ranks_elsewhere)
+    Path(pid_file).write_text(str(os.getpid()))
+    try:
+        return run(command, ranks_elsewhere)
+    finally:
+        Path(pid_file).unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

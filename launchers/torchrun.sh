@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The ranks of this node, by torchrun. Run it on every node, with the same flags of train.py:
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=node1 bash launchers/torchrun.sh --scenario hallucination ...
+# Slurm, an Indexed Job of Kubernetes and Kubeflow set these by names of their own, which are read too.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+NNODES="${NNODES:-${SLURM_NNODES:-${PET_NNODES:-1}}}"
+NODE_RANK="${NODE_RANK:-${SLURM_NODEID:-${JOB_COMPLETION_INDEX:-${PET_NODE_RANK:-0}}}}"
+MASTER_ADDR="${MASTER_ADDR:-${PET_MASTER_ADDR:-}}"
+MASTER_PORT="${MASTER_PORT:-${PET_MASTER_PORT:-29500}}"
+GPUS_PER_NODE="${GPUS_PER_NODE:-${PET_NPROC_PER_NODE:-}}"
+if [[ -z $GPUS_PER_NODE || $GPUS_PER_NODE == auto || $GPUS_PER_NODE == gpu ]]; then
+  GPUS_PER_NODE=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+  ((GPUS_PER_NODE > 0)) || GPUS_PER_NODE=1
+fi
+if ((NNODES > 1)) && [[ -z $MASTER_ADDR ]]; then
+  fail "NNODES is $NNODES and MASTER_ADDR is unset: give all nodes the name of node 0"
+fi
+# Kubeflow's names for what the command line says: torchrun would read both.
+unset "${!PET_@}"
+
+exec "$PYTHON" "$LAUNCHERS/supervise.py" "$PYTHON" -m torch.distributed.run \
+  --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$GPUS_PER_NODE" \
+  --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$MASTER_PORT" --max_restarts 0 \
+  "$LAUNCHERS/train.py" "$@"
