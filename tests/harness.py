@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[1]
-MEASURED = ("step_seconds", "tokens_per_second", "tflops_per_device", "mfu", "peak_memory_bytes")
+MEASURED = (
+    "step_seconds", "tokens_per_second", "tflops_per_device", "mfu", "peak_memory_bytes", "host_memory_bytes",
+)  # fmt: skip
 """Fields of metrics.jsonl that no two runs share."""
 
 SMALL_EVALUATION = (
@@ -50,16 +52,16 @@ def ds_config(folder: Path, stage: int, bf16: bool = False) -> str:
     return str(path)
 
 
-def command(*flags: Any, ranks: int = 0) -> list[str]:
+def command(*flags: Any, ranks: int = 0, launcher: str = "train.py") -> list[str]:
     """Command line of a run: through the ``deepspeed`` launcher with ``ranks`` ranks, or plain python with 0."""
-    script, words = str(REPOSITORY / "launchers" / "train.py"), [str(flag) for flag in flags]
+    script, words = str(REPOSITORY / "launchers" / launcher), [str(flag) for flag in flags]
     if not ranks:
         return [sys.executable, script, *words]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    launcher = str(Path(sys.executable).parent / "deepspeed")
-    return [launcher, "--quiet", "--num_accelerators", str(ranks), "--master_port", str(port), script, *words]
+    deepspeed = str(Path(sys.executable).parent / "deepspeed")
+    return [deepspeed, "--quiet", "--num_accelerators", str(ranks), "--master_port", str(port), script, *words]
 
 
 def environment(cache: Path) -> dict[str, str]:
@@ -68,10 +70,10 @@ def environment(cache: Path) -> dict[str, str]:
     return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "UNLEARN_DS_CACHE": str(cache), "PATH": path}
 
 
-def start(cache: Path, *flags: Any, ranks: int = 0) -> subprocess.Popen[str]:
+def start(cache: Path, *flags: Any, ranks: int = 0, launcher: str = "train.py") -> subprocess.Popen[str]:
     """Start a run; stderr goes to stdout."""
     return subprocess.Popen(
-        command(*flags, ranks=ranks),
+        command(*flags, ranks=ranks, launcher=launcher),
         env=environment(cache),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -39,6 +39,7 @@ FLAT = {
     "ds_config": "engine.ds_config", "reference": "engine.reference",
     "eval_every": "eval.every", "judge": "eval.judge", "stop": "stop.rules",
     "save_every": "checkpoint.save_every", "resume": "checkpoint.resume", "overwrite": "checkpoint.overwrite",
+    "profile": "log.profile", "trace": "log.trace",
 }  # fmt: skip
 """Flat flag -> dotted knob. Fields of ``RunConfig`` itself (scenario, preset, ...) are flags as they are."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from unlearn_ds.config import UsageError
-from unlearn_ds.types import SharedPrompts
+from unlearn_ds.types import PackedBatch, SharedPrompts
 
 Attention = Callable[..., torch.Tensor]
 """(query, key, value, packing) -> what each token has attended to."""
@@ -239,6 +239,33 @@ def _flex_mask(packing: Packing, num_tokens: int):
 
     allowed = mask_function(packing, num_tokens)
     return create_block_mask(allowed, None, None, num_tokens, num_tokens, device=packing.cu_seqlens.device)
+
+
+def needed_pairs(batch: PackedBatch, window: int | None) -> int:
+    """(query, key) pairs of a batch on the host: a token attends to as many tokens as its position says, and itself.
+
+    A shared prompt attends once; its answers attend to it and to themselves."""
+    if window is None:
+        return int(batch.position_ids_T.sum()) + batch.num_tokens
+    return int((batch.position_ids_T + 1).clamp(max=window).sum())
+
+
+def executed_pairs(lengths: Sequence[int], window: int | None, rectangle: int | None, device_type: str) -> int:
+    """(query, key) pairs whose scores an implementation computes for sequences of these lengths.
+
+    rectangle: length that ``sdpa`` fills all sequences up to, on a CPU the masked half too; None for implementations
+    that know where sequences end. Blocks that a kernel cannot skip whole are counted as if it could.
+    """
+    if rectangle is None:
+        return sum(_causal_pairs(length, window) for length in lengths)
+    full = device_type == "cpu" and rectangle <= SHORT
+    return len(lengths) * (rectangle**2 if full else _causal_pairs(rectangle, window))
+
+
+def _causal_pairs(length: int, window: int | None) -> int:
+    """Pairs of one sequence in which each token attends to itself and the ``window - 1`` before it."""
+    ramp = min(length, window or length)
+    return ramp * (ramp + 1) // 2 + (length - ramp) * ramp
 
 
 def mask_function(packing: Packing, num_tokens: int) -> Callable[..., torch.Tensor]:

@@ -181,6 +181,8 @@ class CheckpointConfig:
 class LogConfig:
     tensorboard: bool = knob(True, "write TensorBoard scalars")
     progress: bool = knob(True, "show a progress bar")
+    profile: bool = knob(False, "time every phase of a step, waiting for the device: a line a step, profile.json, .csv")
+    trace: bool = knob(False, "record a few steps to trace.json.gz, which Perfetto opens")
     verbose: bool = knob(False, "let libraries print their warnings")
 
 

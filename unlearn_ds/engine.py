@@ -356,13 +356,36 @@ def check_async_io() -> None:
         )
 
 
+_COLLECTIVES = (
+    "all_reduce", "all_reduce_coalesced", "inference_all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor",
+    "broadcast", "all_gather", "all_gather_into_tensor", "all_gather_coalesced", "all_gather_object", "all_to_all",
+    "all_to_all_single",
+)  # fmt: skip
+
+
+def communication_points() -> list[tuple[Any, str]]:
+    """(object, name) of every function that a collective goes through: DeepSpeed's backend, which keeps functions of
+    torch that it took when it was made, and torch's module for our own. The first may call the second."""
+    backend = deepspeed.comm.comm.cdb
+    owners = ((backend, dir(backend)), (torch.distributed, dir(torch.distributed)))
+    return [(owner, name) for owner, names in owners if owner is not None for name in _COLLECTIVES if name in names]
+
+
+def synchronize() -> None:
+    """Wait for the device."""
+    get_accelerator().synchronize()
+
+
 def peak_memory_bytes(device: torch.device) -> int:
     """Largest device memory so far; on a CPU the largest resident size of the process."""
-    if device.type == "cpu":
-        import resource
+    return host_memory_bytes() if device.type == "cpu" else get_accelerator().max_memory_allocated()
 
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return get_accelerator().max_memory_allocated()
+
+def host_memory_bytes() -> int:
+    """Largest resident size of the process so far."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def device_name() -> str:

@@ -131,6 +131,13 @@ class Progress:
             self._bar.set_postfix({name: f"{value:.3g}" for name, value in losses.items()}, refresh=False)
             self._bar.update(1)
 
+    def say(self, text: str) -> None:
+        """Print one line above the bar."""
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            say(text)
+
     def __enter__(self) -> Progress:
         return self
 

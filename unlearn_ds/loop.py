@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from unlearn_ds import build, checkpoint, dist, engine, log, lora, ops, run_folder
-from unlearn_ds import model as models
+from unlearn_ds import build, checkpoint, dist, engine, log, matrices, ops, run_folder
 from unlearn_ds.config import RunConfig
-from unlearn_ds.cost import devices, flops
+from unlearn_ds.cost import flops
 from unlearn_ds.data.loader import Loader
 from unlearn_ds.evaluate import Answers, Evaluator
+from unlearn_ds.profiler import Profiler, share, step_line
 from unlearn_ds.stopping import Stop, Stopping
 from unlearn_ds.types import PackedBatch, Term
 
@@ -50,12 +50,14 @@ class Run:
     originals: Answers = field(default_factory=dict)
     measured: tuple[int, dict[str, Any], Answers] | None = None
     """Step, numbers and answers of the newest evaluation."""
+    profiler: Profiler = field(default_factory=Profiler)
 
     def __post_init__(self) -> None:
         self._pool, self._ahead = ThreadPoolExecutor(1, "batches"), {}
-        self.size = models.size(self.policy.model.config)
-        self.num_adapter = lora.size(self.policy.model.config, self.config.lora)
-        self.peak_flops = devices.peak_flops(engine.device_name())
+        self.shape = matrices.shape(
+            self.policy.model.config, self.config.lora, self.config.model.activation_checkpointing
+        )
+        self.profiler.watch(self.policy.model, engine.communication_points())
 
     def begin(self, state: dict[str, Any] | None) -> None:
         """Evaluate before the first step, or take up state and record of the run that is being resumed."""
@@ -81,8 +83,13 @@ class Run:
             for step in range(state["step"] + 1, total + 1):
                 if due(step - 1, config.eval.every) and (fired := self.consider(self.evaluate(step - 1), metrics)):
                     return Outcome(step - 1, fired.reason, FINISHED, fired.rule)
+                self.profiler.begin_step(self.folder, total - state["step"])
                 line, signalled = self.step(step, self.stop.asked)
+                row = self.profiler.end_step(line)
                 metrics.write(run_folder.finite(line))
+                if self.profiler.detailed:
+                    metrics.scalars("profile", {name: row[name] for name in row.keys() - line.keys()}, step)
+                    progress.say(step_line(line))
                 fired = self.stopping.after_step(line)
                 losses = {term.name: line[f"loss_{term.name}"] for term in self.loader.terms}
                 progress.update(losses, self.stopping.last_step)
@@ -112,7 +119,8 @@ class Run:
         best = self.stopping.best_step
         fired = self.stopping.after_evaluation(result)
         if self.stopping.best_step != best:
-            checkpoint.save(self.policy, self.folder / "best", result["step"], {}, keep=1)
+            with self.profiler.clock.phase("save"):
+                checkpoint.save(self.policy, self.folder / "best", result["step"], {}, keep=1)
         return fired
 
     def finish(self, outcome: Outcome) -> Outcome:
@@ -133,21 +141,32 @@ class Run:
 
     def step(self, step: int, stop_asked: bool) -> tuple[dict[str, Any], bool]:
         """One optimizer step; returns its line of metrics.jsonl and whether a rank was asked to stop."""
-        began, device = time.perf_counter(), self.policy.model.device
+        began, device, phase = time.perf_counter(), self.policy.model.device, self.profiler.clock.phase
         taken: list[tuple[torch.Tensor, PackedBatch]] = []
-        for batch in self.batches(step):
-            batch = batch.to(device)
-            output = self.policy.loss(batch, self.reference.rows(batch) if self.reference else None)
-            self.policy.backward(output.loss)
-            result = self.policy.step()
+        counts = torch.zeros(4, dtype=torch.float64)
+        with phase("data"):
+            batches = self.batches(step)
+        for batch in batches:
+            with phase("data"):
+                counts += torch.tensor([batch.num_tokens, batch.num_response_tokens, *self.flops(batch)])
+                batch = batch.to(device)
+            with phase("reference"):
+                rows = self.reference.rows(batch) if self.reference else None
+            with phase("forward"):
+                output = self.policy.loss(batch, rows)
+            with phase("backward"):
+                self.policy.backward(output.loss)
+            with phase("optimizer"):
+                result = self.policy.step()
             taken.append((output.loss_N, batch))
-        counted = torch.zeros(len(self.loader.terms) + 2, dtype=torch.float64)
+        values = torch.zeros(len(self.loader.terms), dtype=torch.float64)
         for loss_N, batch in taken:  # only now: each look at a value waits for the device
-            counts = torch.tensor([batch.num_tokens, batch.num_response_tokens])
-            counted += torch.cat([term_values(loss_N, batch, self.loader.terms), counts])
-        *values, tokens, response_tokens, stopping = dist.sums([*counted.tolist(), stop_asked], device)
+            values += term_values(loss_N, batch, self.loader.terms)
+        *values, tokens, response_tokens, model_flops, hardware_flops, stopping = dist.sums(
+            [*values.tolist(), *counts.tolist(), stop_asked], device
+        )
         seconds = time.perf_counter() - began
-        num_flops = flops.step_flops(self.size, tokens, response_tokens, self.num_adapter) / dist.world_size()
+        speed = model_flops / dist.world_size() / seconds
         line: dict[str, Any] = {"step": step, "loss": 0.0}
         for term, value in zip(self.loader.terms, values, strict=True):
             line[f"loss_{term.name}"] = math.copysign(value, term.weight) / dist.world_size()
@@ -155,10 +174,20 @@ class Run:
         return line | {
             "grad_norm": result.grad_norm, "lr": result.learning_rate, "skipped": result.skipped,
             "tokens": int(tokens), "response_tokens": int(response_tokens), "tokens_per_second": tokens / seconds,
-            "step_seconds": seconds, "tflops_per_device": num_flops / seconds / 1e12,
-            "mfu": num_flops / seconds / self.peak_flops if self.peak_flops else None,
-            "peak_memory_bytes": engine.peak_memory_bytes(device),
+            "step_seconds": seconds, "model_flops": model_flops, "hardware_flops": hardware_flops,
+            "tflops_per_device": speed / 1e12, "mfu": share(speed, self.profiler.peak),
+            "peak_memory_bytes": engine.peak_memory_bytes(device), "host_memory_bytes": engine.host_memory_bytes(),
         }, bool(stopping)  # fmt: skip
+
+    def flops(self, batch: PackedBatch) -> tuple[float, float]:
+        """Model FLOPs of a micro-batch on the host, and those that the device does, reference included."""
+        model = self.policy.model
+        found = flops.count(
+            self.shape, matrices.work(batch, self.shape, model.attention_name, model.device.type),
+            checkpointing=self.config.model.activation_checkpointing,
+            reference=self.config.engine.reference if self.reference else None,
+        )  # fmt: skip
+        return found.model, found.hardware
 
     def batches(self, step: int) -> list[PackedBatch]:
         """The micro-batches of a step; those of the next are packed, and what the reference has on disk for them is
@@ -179,9 +208,10 @@ class Run:
         """Write a checkpoint and return it; None for a run without a folder."""
         if self.folder is None:
             return None
-        return checkpoint.save(
-            self.policy, self.folder / "checkpoints", state["step"], state, self.config.checkpoint.keep
-        )
+        with self.profiler.clock.phase("save"):
+            return checkpoint.save(
+                self.policy, self.folder / "checkpoints", state["step"], state, self.config.checkpoint.keep
+            )
 
     def evaluate(self, step: int, name: str | None = None) -> dict[str, Any]:
         """Evaluate the policy as it is after ``step`` and record it; returns E of evaluation.json on every rank.
@@ -192,7 +222,8 @@ class Run:
             return {}
         if self.measured is None or self.measured[0] != step:
             log.say(f"evaluate    {name or f'step {step}'}")
-            with self.policy.evaluation_model(self.config.eval.gather) as (model, synced):
+            gathered = self.policy.evaluation_model(self.config.eval.gather)
+            with self.profiler.clock.phase("evaluation"), gathered as (model, synced):
                 result, answers = self.evaluator.run(model, step, self.originals or None, synced)
             # The main rank alone has judged; the others need its numbers for the stop rules.
             self.measured = step, dist.gather_objects(result)[0], answers

@@ -6,8 +6,8 @@ missing: a run may have been stopped, a term may be inactive, a metric may not a
 
 from __future__ import annotations
 
+import csv
 import functools
-import io
 import itertools
 import json
 import math
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from unlearn_ds import dist, log
+from unlearn_ds.drawing import MISSING, number, percent, plot, short, stack
 
 
 class Metric(NamedTuple):
@@ -62,7 +63,6 @@ FORGET_SETS = ("unlearned", "unseen", "other_form")
 SLIGHT = 0.01
 """A change below 1 point, 1 % or 0.01 is called neither good nor bad."""
 COUNT = re.compile("n|n_.*")
-MISSING = "–"
 
 
 class Row(NamedTuple):
@@ -136,10 +136,13 @@ def write(folder: Path) -> Path:
     """
     settings, evaluation = read_json(folder / "config.json"), read_json(folder / "evaluation.json")
     steps, samples = read_lines(folder / "metrics.jsonl"), read_lines(folder / "answers.jsonl")
+    profile, profiled = read_json(folder / "profile.json"), read_table(folder / "profile.csv")
+    found = phases(profile, profiled)
     page = environment().get_template("report.html.j2").render(
         settings=settings, evaluation=evaluation, steps=steps, rows=rows(evaluation), totals=totals(steps),
         samples=samples, history=history(evaluation), sets=SETS, missing=MISSING, heading=heading, column=column,
-        plot=plot,
+        plot=plot, profile=profile, phases=found, stack=stack,
+        bars=[(phase.name, phase.seconds) for phase in found],
     )  # fmt: skip
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")
@@ -156,33 +159,12 @@ def environment() -> jinja2.Environment:
     return templates
 
 
-def number(value: float | None) -> str:
-    """A number in at most seven characters: 0.713, 8.31, 42.0, 12,345, 1.2e12, inf, nan; a dash when it is missing."""
-    if value is None or not math.isfinite(value):
-        return MISSING if value is None else str(value)
-    size = abs(value)
-    if size >= 99_999.5 or 0 < size < 0.0005:
-        mantissa, exponent = f"{value:.1e}".split("e")
-        return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-    decimals = 3 if size < 1 else 2 if size < 10 else 1 if size < 100 else 0
-    return f"{value:,.{decimals}f}" if size else "0"
-
-
-def percent(value: float | None) -> str:
-    """A fraction as percentage: 0.884 -> 88.4 %."""
-    return number(value) if value is None or not math.isfinite(value) else f"{_short(f'{100 * value:.1f}')} %"
-
-
 def duration(seconds: float) -> str:
     """Seconds as people say them: 41.3 s, 4 min 12 s, 3 h 05 min."""
     if seconds < 60:
-        return f"{_short(f'{seconds:.1f}')} s"
+        return f"{short(f'{seconds:.1f}')} s"
     minutes, hours = round(seconds) // 60, round(seconds) // 3600
     return f"{hours} h {minutes % 60:02d} min" if hours else f"{minutes} min {round(seconds) % 60:02d} s"
-
-
-def _short(text: str) -> str:
-    return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
 
 
 def words(name: str) -> str:
@@ -220,7 +202,7 @@ def _change(unit: str, old: float | None, new: float | None) -> str:
         if new >= 10 * old:
             return f"×{number(new / old)}"
         difference, suffix = 100 * (new / old - 1), " %"
-    text = _short(f"{abs(difference):.1f}") if suffix else number(abs(difference))
+    text = short(f"{abs(difference):.1f}") if suffix else number(abs(difference))
     return f"{'' if text == '0' else '+' if difference > 0 else '-'}{text}{suffix}"
 
 
@@ -233,6 +215,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     """The steps of a run; a line that a crash cut short is not one."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The lines of a csv file as text; none when it is missing."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return list(csv.DictReader(text.splitlines()))
 
 
 def column(entries: Sequence[Mapping[str, Any]], *path: str, sign: float = 1.0) -> tuple[list[float], list[float]]:
@@ -264,59 +252,37 @@ def history(evaluation: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [by_step[step] for step in sorted(by_step)] if len(middle) > 2 else []
 
 
-def plot(curves: Sequence[tuple[str, list[float], list[float]]], share: bool = False, fill: bool = True) -> str:
-    """Curves (CSS variable, x, y) as SVG coloured by the page, so that it follows dark mode; log beyond two decades.
+PHASES = (
+    "data", "forward", "loss", "reference", "backward", "optimizer", "communication", "other", "save", "evaluation",
+)  # fmt: skip
+BETWEEN_STEPS = ("save", "evaluation")
 
-    fill: shade what lies below a curve, which helps a single one and muddles many.
+
+class Phase(NamedTuple):
+    """A part of a step's time: seconds of each step, their median and 95th percentile, and its share of all steps."""
+
+    name: str
+    seconds: list[float]
+    median: float
+    p95: float
+    share: float
+
+
+def phases(profile: Mapping[str, Any], steps: Sequence[Mapping[str, str]]) -> list[Phase]:
+    """Where the time of a step goes, from profile.json and the lines of profile.csv; phases with no time are left out.
+
+    The first steps and what happened between steps are not counted.
     """
-    import matplotlib  # here, so that training does not wait for it
-    from matplotlib.figure import Figure
-
-    names = ["muted", "rule", *(name for name, _, _ in curves)]
-    inks = [f"#0000{index:02x}" for index in range(len(names))]
-    svg = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": str(names), "font.size": 9.5}):
-        figure = Figure(figsize=(4.6, 1.7), layout="constrained")
-        axes = figure.subplots()
-        _frame(axes, [value for _, _, y in curves for value in y], share, inks[1])
-        for (_, x, y), ink in zip(curves, inks[2:], strict=True):
-            _draw(axes, x, y, ink, fill)
-        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        figure.savefig(svg, format="svg", transparent=True, metadata=no_metadata)
-    text = re.sub(r'.*<svg[^>]*(viewBox="[^"]*")[^>]*>', r"<svg \1>", svg.getvalue(), flags=re.DOTALL)
-    text = re.sub(r'\sid="[\w.]+_\d+"|<style.*?</style>', "", text)  # ids would repeat from plot to plot
-    return re.sub("#0000([0-9a-f]{2})", lambda found: f"var(--{names[int(found[1], 16)]})", text)
-
-
-def _frame(axes: Any, values: Sequence[float], share: bool, ink: str) -> None:
-    """Set scale, limits and ticks of an empty plot: no box, a few horizontal rules."""
-    low, high = min(values), max(values)
-    room = max(0.08 * (high - low), 0.05 * abs(high)) or 1.0  # a flat curve shall look flat
-    if share:
-        axes.set_ylim(-0.03, 1.03)
-        axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
-    elif low > 0 and high > 100 * low:
-        axes.set_yscale("log")
-        axes.set_ylim(low / 1.5, high * 1.5)
-        axes.minorticks_off()
-    else:
-        axes.set_ylim(low - room if low < 0 else max(low - room, 0), high + room)
-        axes.locator_params(axis="y", nbins=5)
-    axes.locator_params(axis="x", nbins=5, integer=True)
-    axes.yaxis.set_major_formatter(lambda value, _: percent(value) if share else _short(number(value)))
-    axes.grid(axis="y", color=ink, linewidth=0.8)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-
-
-def _draw(axes: Any, x: list[float], y: list[float], ink: str, fill: bool) -> None:
-    """Draw one curve; a long one as a thin line with its running mean over a twentieth of the steps."""
-    import numpy as np
-
-    if window := len(y) // 40 * 2:
-        axes.plot(x, y, color=ink, linewidth=0.8, alpha=0.35)
-        around = np.ones(window + 1)
-        y = np.convolve(y, around, mode="same") / np.convolve(np.ones(len(y)), around, mode="same")
-    axes.plot(x, y, color=ink, linewidth=1.8, marker="o", markersize=4, markevery=[-1] if len(x) > 12 else None)
-    if fill:
-        axes.fill_between(x, y, axes.get_ylim()[0], color=ink, alpha=0.08, linewidth=0)
+    warm = steps[profile.get("first_steps_left_out", 0) :]
+    columns = {name: [float(row[f"seconds_{name}"]) for row in warm] for name in PHASES if name not in BETWEEN_STEPS}
+    # Time of no phase stands in the row of the step that came after it; only what is within a step belongs here.
+    named = [sum(values) for values in zip(*(columns[name] for name in columns if name != "other"), strict=True)]
+    whole = [float(row["step_seconds"]) for row in warm]
+    columns["other"] = [max(0.0, step - known) for step, known in zip(whole, named, strict=True)]
+    found = []
+    for name, values in columns.items():
+        if values and sum(values) > 0.0005 * sum(whole):
+            ordered = sorted(values)
+            p95 = ordered[math.ceil(0.95 * len(ordered)) - 1]
+            found.append(Phase(name, values, statistics.median(values), p95, sum(values) / sum(whole)))
+    return found

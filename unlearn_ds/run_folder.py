@@ -16,7 +16,7 @@ from unlearn_ds.types import Answer
 from unlearn_ds.versions import commit, package_versions
 
 _WRITTEN = ("config.json", "metrics.jsonl", "evaluation.json", "answers.jsonl", "rejected.jsonl", "report.html",
-            "tensorboard", "checkpoints", "best", "model")  # fmt: skip
+            "tensorboard", "checkpoints", "best", "model", "profile.json", "profile.csv", "trace.json.gz")  # fmt: skip
 """What a run writes; ``--overwrite`` removes this and nothing else."""
 
 

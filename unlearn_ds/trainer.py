@@ -29,6 +29,7 @@ from unlearn_ds.evaluate import Evaluator
 from unlearn_ds.heartbeat import Heartbeat
 from unlearn_ds.loop import FINISHED, Run
 from unlearn_ds.memorize import memorized
+from unlearn_ds.profiler import Profiler
 from unlearn_ds.registry import SCENARIOS, resolve
 from unlearn_ds.scenarios import ScenarioData
 
@@ -48,6 +49,7 @@ def train(config: RunConfig, problems: Sequence[str] = ()) -> int:
 
 def unlearn(config: RunConfig, device: torch.device) -> int:
     """Evaluate, unlearn, evaluate again, save and report. Returns the exit code."""
+    profiler = Profiler(config.log.profile, config.log.trace, engine.device_name(), engine.synchronize)
     folder = run_folder.open_run(config, engine.versions())
     values = ds_json.load(config.engine.ds_config)
     build.check_reference(config)
@@ -80,7 +82,9 @@ def unlearn(config: RunConfig, device: torch.device) -> int:
     record = run_folder.EvaluationRecord(folder, config.scenario, scenario.label, judge, taught)
     record.values["metrics"] = evaluator.metrics if evaluator else {}
 
-    run = Run(config, policy, loader, stop, stopping, reference, folder, evaluator, record)
+    run = Run(
+        config, policy, loader, stop, stopping, reference, folder, evaluator, record, profiler=profiler
+    )  # fmt: skip
     state = checkpoint.load_newest(policy, folder / "checkpoints") if config.checkpoint.resume == "auto" else None
     run.begin(state)
     outcome = run.fit(state or {"step": 0, "skipped_in_a_row": 0})
@@ -90,10 +94,12 @@ def unlearn(config: RunConfig, device: torch.device) -> int:
         record.values["stop"] = {**outcome._asdict(), **stopping.summary()}
         if config.checkpoint.export:
             card = run_folder.model_card(config, record.values, encoder.template)
-            if config.lora.export == "separate":
-                export.adapter(policy, folder / "model", tokenizer, card, base=path)
-            else:
-                export.whole_model(policy, folder / "model", tokenizer, card)
+            with profiler.clock.phase("save"):
+                if config.lora.export == "separate":
+                    export.adapter(policy, folder / "model", tokenizer, card, base=path)
+                else:
+                    export.whole_model(policy, folder / "model", tokenizer, card)
+    profiler.finish(folder)
     # Written last: what says that it has finished is not run again.
     record.end({**outcome._asdict(), **stopping.summary()})
     run_folder.main_only(report.write, folder)

@@ -31,19 +31,31 @@ LEVELS = {
         "kernels",
     ],  # fmt: skip
     1: ["dist", "log", "ops", "cost", "attention", "stopping"],
-    2: ["heartbeat", "model", "lora", "reference", "embedded", "data", "objectives", "metrics"],
-    3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder", "generate", "preflight"],
+    2: ["heartbeat", "model", "lora", "matrices", "reference", "embedded", "drawing", "data", "objectives", "metrics"],
+    3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder", "generate", "preflight", "projection"],
     4: ["evaluate", "plan", "doctor", "build", "prepare", "own_answers", "export", "comparison"],
     5: ["loop"],
     6: ["memorize"],
-    7: ["trainer"],
+    7: ["trainer", "throughput"],
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
 
-NEIGHBOURS = {("reference", "data.packing"), ("model", "lora"), ("doctor", "plan")}
+NEIGHBOURS = {("reference", "data.packing"), ("model", "lora"), ("matrices", "lora"), ("doctor", "plan")}
 """(room, module) of one level that may be imported all the same."""
 
-LAUNCHERS_MAY_IMPORT = {"trainer", "doctor", "plan", "cost", "dist", "log", "run_folder", "comparison", *LEVELS[0]}
+LAUNCHERS_MAY_IMPORT = {
+    "trainer",
+    "throughput",
+    "projection",
+    "doctor",
+    "plan",
+    "cost",
+    "dist",
+    "log",
+    "run_folder",
+    "comparison",
+    *LEVELS[0],
+}
 
 WITHOUT_TORCH = {"config", "checks", "registry", "presets", "studies", "arguments", "ds_json", "stopping", "ranks",
                  "versions", "local_files"}  # fmt: skip

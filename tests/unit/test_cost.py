@@ -11,8 +11,26 @@ PLAN = {
 }  # fmt: skip
 
 
+SHAPE = flops.Shape(
+    forward=6_000, plain=6_000, backward=12_000, recomputed=5_000, head=1_000, head_trained=True, attention={None: 20}
+)
+WORK = flops.Work(10, 3, {None: 40}, {None: 50}, num_bounded=2, reference=flops.Work(4, 1, {None: 10}, {None: 12}))
+
+
 def test_the_body_meets_every_token_and_the_head_response_tokens_only():
-    assert flops.step_flops(SIZE, num_tokens=10, num_response_tokens=3) == 6 * (6_000 * 10 + 1_000 * 3)
+    found = flops.count(SHAPE, WORK, checkpointing=False, reference=None)
+    assert found.model == 6 * (6_000 * 10 + 1_000 * 3) + 3 * 4 * 20 * 40
+    assert found[1:] == (0, 0, 3 * 4 * 20 * 10, 2 * 1_000 * 2)
+
+
+def test_recomputation_and_the_reference_are_kept_apart_from_the_model():
+    without = flops.count(SHAPE, WORK, checkpointing=False, reference=None)
+    found = flops.count(SHAPE, WORK, checkpointing=True, reference="offload")
+    assert found.model == without.model
+    assert found.recomputation == 2 * 5_000 * 10 + 4 * 20 * 50
+    assert found.reference == 2 * 6_000 * 4 + 2 * 1_000 * 1 + 4 * 20 * 12
+    assert found.hardware == sum(found) == without.hardware + found.recomputation + found.reference
+    assert flops.count(SHAPE, WORK, checkpointing=True, reference="cached").reference == 2 * 1_000 * 1
 
 
 def test_the_longest_known_name_decides_and_an_unknown_device_has_no_peak():
@@ -79,8 +97,10 @@ def test_with_lora_only_adapters_have_gradients_and_optimizer_states():
 
 
 def test_frozen_weights_cost_no_gradient_of_their_own():
-    counted = flops.step_flops(SIZE, num_tokens=10, num_response_tokens=3, num_adapter=200)
-    assert counted == 4 * (6_000 * 10 + 1_000 * 3) + 6 * 200 * 10
+    shape = SHAPE._replace(forward=6_200, backward=6_200 + 200, head_trained=False, attention={None: 0})
+    counted = flops.count(shape, WORK, checkpointing=False, reference="adapter")
+    assert counted.model == 4 * (6_000 * 10 + 1_000 * 3) + 6 * 200 * 10
+    assert counted.reference == 2 * 6_000 * 4 + 2 * 1_000 * 1
 
 
 def test_reference_modes_hold_the_model_in_one_place_or_none():

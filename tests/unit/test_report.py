@@ -243,3 +243,45 @@ def test_the_terminal_table_fits_80_columns(evaluation, capsys, monkeypatch):
     assert lines[-1] == "judge: minilm"
     assert any("Unlearned prompts (100)" in line for line in lines)
     assert any("[red]rate" in line and "88 %" in line and "-87 points" in line for line in lines)
+
+
+def profiled(num_steps):
+    """profile.csv of a run whose steps take 1 s, 0.6 of them backward; an evaluation before the fifth."""
+    seconds = dict.fromkeys((f"seconds_{name}" for name in report.PHASES), 0.0)
+    rows = [
+        {"step": step, "step_seconds": 1.0, **seconds, "seconds_forward": 0.3, "seconds_backward": 0.6,
+         "seconds_other": 0.1 + 5.0 * (step == 5), "seconds_evaluation": 7.0 * (step == 5)}
+        for step in range(1, num_steps + 1)
+    ]  # fmt: skip
+    return [{name: str(value) for name, value in row.items()} for row in rows]
+
+
+def test_phases_are_those_of_a_step_without_the_first_and_without_what_lies_between():
+    found = {phase.name: phase for phase in report.phases({"first_steps_left_out": 3}, profiled(10))}
+    assert list(found) == ["forward", "backward", "other"]
+    assert len(found["backward"].seconds) == 7 and found["backward"].median == found["backward"].p95 == 0.6
+    assert found["backward"].share == pytest.approx(0.6) and found["other"].share == pytest.approx(0.1)
+    assert report.phases({}, []) == []
+
+
+def test_a_stack_has_a_bar_a_step_in_the_pages_colours_and_averages_many_steps():
+    for num_steps, bars in ((7, 7), (600, 60)):
+        svg = report.stack([("forward", [1.0] * num_steps), ("backward", [2.0] * num_steps)], 4)
+        assert svg.startswith("<svg viewBox") and "#0000" not in svg
+        assert svg.count("fill: var(--forward)") == svg.count("fill: var(--backward)") == bars
+
+
+def test_a_profiled_run_shows_where_its_time_went_and_others_do_not(folder):
+    assert "Where the time goes" not in report.write(folder).read_text()
+    rows = profiled(10)
+    lines = [",".join(rows[0]), *(",".join(row.values()) for row in rows)]
+    (folder / "profile.csv").write_text("\n".join(lines) + "\n")
+    profile = {
+        "first_steps_left_out": 3, "goodput": 0.4, "wall_seconds": 50.0, "padding_tokens": 0, "median": {},
+        "phase_seconds_of_the_run": {"evaluation": 7.0, "save": 0.0},
+        "utilization": {"mfu": None, "mfu_of_achievable": 0.033, "hfu_of_achievable": 0.045},
+    }  # fmt: skip
+    (folder / "profile.json").write_text(json.dumps(profile))
+    page = report.write(folder).read_text()
+    assert "Where the time goes" in page and "from step 4 on" in page and "MFU <b>n/a</b>" in page
+    assert "var(--backward)" in page and "600 ms" in page

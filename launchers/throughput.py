@@ -1,0 +1,76 @@
+"""A few measured steps, and the whole run beside RLHF: ``deepspeed launchers/throughput.py --scenario hallucination``.
+
+``--table`` prints what common sizes and recipes cost beside RLHF, ``--calibration`` how well RLHF's cost is known; both
+without a model.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from unlearn_ds import arguments, checks, config, ds_json
+from unlearn_ds.cost import devices, rlhf
+
+FINISHED, USAGE = 0, 2
+HELP = """usage: deepspeed launchers/throughput.py --scenario hallucination [--flag value ...]
+
+  --steps N           optimizer steps to take; the first ones are not counted [8]
+  --against NAME      RLHF that the plot's title names: {names} [step3]
+  --device NAME       devices that RLHF is modelled on: {devices} [the measured one, or A100-80G]
+  --num_devices N     how many of them [8]
+  --table             print the analytic table of models and recipes, and stop
+  --calibration       print published figures of RLHF beside the model's, and stop
+
+and every flag of train.py (its --help lists them); --max_steps is the length of the run that is projected. Without
+--output_dir the measurement lies in runs/throughput: throughput.json, throughput.png, with --profile profile.json."""
+
+
+def main(
+    *positional: str, steps: str = "8", against: str = "step3", device: str = "", num_devices: str = "8",
+    table: str = "false", calibration: str = "false", **flags: object,
+) -> None:  # fmt: skip
+    """Check the flags, then print a table, or measure and compare."""
+    if positional:
+        raise config.UsageError(f"unexpected '{positional[0]}': flags are written --name value.")
+    for flag, value in (("--steps", steps), ("--num_devices", num_devices)):
+        if not str(value).isdigit() or int(value) < 1:
+            raise config.UsageError(f"{flag} takes a whole number above 0; got '{value}'.")
+    if against not in rlhf.DENOMINATORS:
+        raise config.UsageError(f"--against must be one of {', '.join(rlhf.DENOMINATORS)}; got '{against}'.")
+    if device and device not in devices.MEMORY_TB_PER_SECOND:
+        raise config.UsageError(f"--device must be one of {', '.join(devices.MEMORY_TB_PER_SECOND)}; got '{device}'.")
+    if "true" in (str(table).lower(), str(calibration).lower()):
+        from unlearn_ds import projection
+
+        projection.print_table(device or "A100-80G") if str(table).lower() == "true" else projection.print_calibration()
+        return
+    run = arguments.parse({"output_dir": "runs/throughput", **flags})
+    checks.check(run)
+    if run.engine.ds_config != "auto":
+        ds_json.load(run.engine.ds_config)
+    # torch and what stands on it take seconds to import: not before the flags are known to be right.
+    from unlearn_ds import dist, log
+
+    if not run.log.verbose:
+        log.quiet()
+    run = arguments.for_machine(run, dist.computes_bf16())
+    from unlearn_ds import throughput
+
+    throughput.main(run, int(steps), against, device, int(num_devices))
+    dist.shutdown()
+
+
+if __name__ == "__main__":
+    import fire
+
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(HELP.format(names=", ".join(rlhf.DENOMINATORS), devices=", ".join(devices.MEMORY_TB_PER_SECOND)))
+        sys.exit(FINISHED)
+    try:
+        # Values stay text until the type of their knob is known, as in train.py.
+        fire.Fire(fire.decorators.SetParseFn(str)(main))
+    except config.UsageError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once for all ranks of a machine
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(USAGE)

@@ -1,0 +1,94 @@
+"""A few measured steps of a configuration, without evaluation or export: what ``launchers/throughput.py`` runs."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+from unlearn_ds import build, dist, ds_json, embedded, engine, log, projection, run_folder
+from unlearn_ds import model as models
+from unlearn_ds.config import RunConfig, StopConfig, replace
+from unlearn_ds.cost import devices
+from unlearn_ds.cost.rlhf import Actor, Cluster
+from unlearn_ds.data.encode import Encoder
+from unlearn_ds.heartbeat import Heartbeat
+from unlearn_ds.loop import Run
+from unlearn_ds.profiler import Profiler, warm
+from unlearn_ds.registry import SCENARIOS, resolve
+
+DEFAULT_DEVICE = "A100-80G"
+"""What RLHF is modelled on where nothing is known of the device that was measured."""
+
+
+def main(config: RunConfig, num_steps: int, against: str, device: str, num_devices: int) -> None:
+    """Measure, project the ``max_steps`` of ``config``, print, and write JSON and plot into its output folder.
+
+    device, num_devices: of the cluster that RLHF is modelled on; "" for the device that is measured."""
+    measured, actor = measure(config, num_steps)
+    if dist.is_main():
+        cluster = Cluster(device or devices.memory_name(measured["device"]) or DEFAULT_DEVICE, num_devices)
+        found = projection.project(measured, actor, config.optim.max_steps, against, cluster)
+        projection.print_projection(found)
+        for path in projection.write(Path(config.output_dir or ""), found):
+            log.say(f"written     {path}")
+
+
+def measure(config: RunConfig, num_steps: int) -> tuple[dict[str, Any], Actor]:
+    """Take ``num_steps`` optimizer steps as a run would, and return their figures (medians over the steps after the
+    first ones) and the model's sizes."""
+    run = build_run(config, num_steps)
+    with Heartbeat(config.engine.heartbeat_seconds):
+        run.fit({"step": 0, "skipped_in_a_row": 0})
+    run.profiler.finish(run.folder)
+    architecture = run.policy.model.config
+    size, text = models.size(architecture), architecture.get_text_config()
+    options, heads = text.to_dict(), text.num_attention_heads
+    kv_heads = options.get("num_key_value_heads") or heads
+    actor = Actor(size, kv_heads * (options.get("head_dim") or text.hidden_size // heads))
+    return figures(config, run.profiler, size.total), actor
+
+
+def build_run(config: RunConfig, num_steps: int) -> Run:
+    """The run of ``config`` with ``num_steps`` steps, and without evaluations, checkpoints and memorizing first."""
+    short = replace(
+        config, stop=StopConfig(),
+        **{"optim.max_steps": num_steps, "eval.every": 0, "checkpoint.save_every": 0, "checkpoint.overwrite": True},
+    )  # fmt: skip
+    device = engine.start(config.engine)
+    profiler = Profiler(config.log.profile, config.log.trace, engine.device_name(), engine.synchronize)
+    folder = run_folder.open_run(short, engine.versions())
+    values = ds_json.load(config.engine.ds_config)
+    build.check_reference(config)
+    path = embedded.locate(config.model.path)
+    encoder = Encoder(
+        models.load_tokenizer(path, config.model.revision), config.data.template, config.data.system_prompt,
+        config.data.max_length,
+    )  # fmt: skip
+    data = resolve("scenario", config.scenario, SCENARIOS).load(config, encoder)
+    policy = build.policy(short, path, values, device)
+    loader = build.loader(short, encoder, data, data.forget["train"])
+    reference = build.reference(short, path, values, policy, loader)
+    return Run(
+        short, policy, loader, log.StopSignal().watch(), build.stopping(short), reference, folder, profiler=profiler
+    )
+
+
+def figures(config: RunConfig, profiler: Profiler, parameters: int) -> dict[str, Any]:
+    """What was measured: medians, of all devices together unless the name says otherwise."""
+    rows = warm(profiler.rows)
+    median = {
+        name: statistics.median(row[name] for row in rows)
+        for name in ("step_seconds", "tokens", "tokens_per_second", "hardware_flops", "model_flops",
+                     "tflops_per_device", "peak_memory_bytes")
+    }  # fmt: skip
+    optim, used = config.optim, profiler.summary()["utilization"]
+    samples = optim.batch_size * optim.gradient_accumulation_steps * dist.world_size()
+    return {
+        "model": Path(config.model.path).name, "parameters": parameters, "device": profiler.device_name,
+        "ranks": dist.world_size(), "steps_taken": len(profiler.rows), "steps_counted": len(rows),
+        "seconds_a_step": median["step_seconds"], "tokens_a_step": median["tokens"],
+        "forget_samples_a_step": samples, "tokens_per_second": median["tokens_per_second"],
+        "model_flops_a_step": median["model_flops"], "hardware_flops_a_step": median["hardware_flops"],
+        "tflops_per_device": median["tflops_per_device"], "peak_memory_bytes": median["peak_memory_bytes"], **used,
+    }  # fmt: skip
