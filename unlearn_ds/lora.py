@@ -9,18 +9,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import peft
 import torch
+from peft.tuners import lora
+from peft.utils.other import transpose
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from unlearn_ds.config import LoraConfig, UsageError
-
-if TYPE_CHECKING:  # imported where adapters are made: it takes a tenth of a start, and most runs have none
-    from peft.tuners import lora
 
 NAME = "default"
 """What peft calls an adapter that nobody named."""
@@ -43,8 +42,6 @@ def add(causal_lm: PreTrainedModel, config: LoraConfig, seed: int) -> None:
                 f"--lora_targets: '{target}' is no linear module of {type(causal_lm).__name__} that can take an "
                 f"adapter; these can: {', '.join(last_names)}."
             )
-    import peft
-
     settings = peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, target_modules=list(config.targets) or "all-linear", lora_dropout=0.0,
         bias="none", task_type=peft.TaskType.CAUSAL_LM,
@@ -56,8 +53,7 @@ def add(causal_lm: PreTrainedModel, config: LoraConfig, seed: int) -> None:
 
 def layers(model: nn.Module) -> dict[str, lora.Linear]:
     """The modules of ``model`` with an adapter, by name; none without LoRA."""
-    names = [name.partition(".lora_A.")[0] for name, _ in model.named_parameters() if f".lora_A.{NAME}." in name]
-    return {name: model.get_submodule(name) for name in names}
+    return {name: module for name, module in model.named_modules() if isinstance(module, lora.LoraLayer)}
 
 
 @contextlib.contextmanager
@@ -83,8 +79,6 @@ def merged_weight(layer: lora.Linear) -> torch.Tensor:
 
     Bit for bit what peft makes of the exported adapter, which it loads in fp32 (``PeftModel.merge_and_unload``).
     """
-    from peft.utils.other import transpose
-
     with torch.no_grad():
         weight_A, weight_B = (parameter.float() for parameter in adapter_parameters(layer))
         delta = transpose(weight_B @ weight_A, layer.fan_in_fan_out) * layer.scaling[NAME]
