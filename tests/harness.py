@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from forked import Forked
 
 REPOSITORY = Path(__file__).parents[1]
 MEASURED = (
@@ -70,8 +73,12 @@ def environment(cache: Path) -> dict[str, str]:
     return {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "UNLEARN_DS_CACHE": str(cache), "PATH": path}
 
 
-def start(cache: Path, *flags: Any, ranks: int = 0, launcher: str = "train.py") -> subprocess.Popen[str]:
-    """Start a run; stderr goes to stdout."""
+def start(
+    cache: Path, *flags: Any, ranks: int = 0, launcher: str = "train.py", launched: bool = False
+) -> subprocess.Popen[str] | Forked:
+    """Start a run; stderr goes to stdout. launched: as a user does, by ``command``, and not forked."""
+    if not launched:
+        return Forked(REPOSITORY / "launchers" / launcher, [str(flag) for flag in flags], environment(cache), ranks)
     return subprocess.Popen(
         command(*flags, ranks=ranks, launcher=launcher),
         env=environment(cache),
@@ -81,7 +88,7 @@ def start(cache: Path, *flags: Any, ranks: int = 0, launcher: str = "train.py") 
     )
 
 
-def finish(process: subprocess.Popen[str], timeout: int = 300) -> subprocess.CompletedProcess[str]:
+def finish(process: subprocess.Popen[str] | Forked, timeout: int = 300) -> subprocess.CompletedProcess[str]:
     """Wait for a run and return its output and exit code; one that takes longer is killed."""
     try:
         output, _ = process.communicate(timeout=timeout)
@@ -91,9 +98,18 @@ def finish(process: subprocess.Popen[str], timeout: int = 300) -> subprocess.Com
     return subprocess.CompletedProcess(process.args, process.returncode, output)
 
 
-def run(cache: Path, *flags: Any, ranks: int = 0, timeout: int = 300) -> subprocess.CompletedProcess[str]:
-    """Run to the end and return output (stderr in stdout) and exit code."""
-    return finish(start(cache, *flags, ranks=ranks), timeout)
+def run(cache: Path, *flags: Any, timeout: int = 300, **how: Any) -> subprocess.CompletedProcess[str]:
+    """Run to the end and return output (stderr in stdout) and exit code. how: see ``start``."""
+    return finish(start(cache, *flags, **how), timeout)
+
+
+def as_if_killed(out: Path, after_step: int) -> None:
+    """Make of a finished run one that was killed after the checkpoint of that step."""
+    for path in out.glob("checkpoints/step-*"):
+        if path.name > f"step-{after_step:06d}":
+            shutil.rmtree(path)
+    record = json.loads((out / "evaluation.json").read_text())
+    (out / "evaluation.json").write_text(json.dumps({**record, "stop": None}))
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

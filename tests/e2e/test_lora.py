@@ -8,7 +8,16 @@ import shutil
 import peft
 import pytest
 import torch
-from harness import SMALL_EVALUATION, ds_config, metrics, run, says_what_was_recorded, without_measured, write_data
+from harness import (
+    SMALL_EVALUATION,
+    as_if_killed,
+    ds_config,
+    metrics,
+    run,
+    says_what_was_recorded,
+    without_measured,
+    write_data,
+)
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from unlearn_ds import lora
@@ -38,7 +47,7 @@ def resumed(merged):
     """The same run, gone on with from its middle and exported as an adapter."""
     folder, flags = merged
     out = shutil.copytree(folder / "merged", folder / "separate")
-    shutil.rmtree(out / "checkpoints" / f"step-{STEPS:06d}")
+    as_if_killed(out, SAVE_EVERY)
     flags = [*flags, "--output_dir", out, "--resume", "auto", "--lora_export", "separate"]
     done = run(folder / "cache", *flags)
     assert done.returncode == 0, done.stdout
@@ -65,7 +74,7 @@ def test_an_adapter_does_not_go_on_with_another_base_model(merged, tiny_model_di
     flags = [*flags, "--model", other, "--output_dir", tmp_path / "out", "--eval.enabled", "false"]
     stopped = run(folder / "cache", *flags, "--checkpoint.export", "false")
     assert stopped.returncode == 0, stopped.stdout
-    shutil.rmtree(tmp_path / "out" / "checkpoints" / f"step-{STEPS:06d}")
+    as_if_killed(tmp_path / "out", SAVE_EVERY)
     model = AutoModelForCausalLM.from_pretrained(other)
     model.get_input_embeddings().weight.data[5] += 1
     model.save_pretrained(other)

@@ -22,7 +22,7 @@ def finished(tmp_path_factory, tiny_model_dir):
         "--learning_rate", 1e-3, *(word for name, w in WEIGHTS.items() for word in (f"--eps_{name}", w)),
         *SMALL_EVALUATION,
     ]  # fmt: skip
-    done = run(folder / "cache", *flags, "--output_dir", folder / "out", ranks=1)
+    done = run(folder / "cache", *flags, "--output_dir", folder / "out", ranks=1, launched=True)
     assert done.returncode == 0, done.stdout
     return folder, flags, done.stdout
 

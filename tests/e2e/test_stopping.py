@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from harness import SMALL_EVALUATION, ds_config, metrics, run, without_measured, write_data
+from harness import SMALL_EVALUATION, as_if_killed, ds_config, metrics, run, without_measured, write_data
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -59,9 +59,7 @@ def stop_of(folder):
 def rewound(folder, copy, step):
     """A copy of a run as it was when its checkpoint of ``step`` was the newest."""
     shutil.copytree(folder, copy)
-    for path in copy.glob("checkpoints/step-*"):
-        if int(path.name.removeprefix("step-")) > step:
-            shutil.rmtree(path)
+    as_if_killed(copy, step)
     assert (copy / "checkpoints" / f"step-{step:06d}" / "complete.json").exists()
     return copy
 
