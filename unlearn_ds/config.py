@@ -122,7 +122,9 @@ class EngineConfig:
     )
     reference: str = knob("auto", "the frozen reference: offload (a second model in host memory), nvme (on disk), "
                           "resident, cached or adapter; auto: adapter with --lora_rank, else offload")  # fmt: skip
-    nvme_path: str | None = knob(None, "folder on a local disk for the weights of --reference nvme")
+    nvme_path: str | None = knob(
+        None, "folder on a local disk for --reference nvme and for a --ds_config that offloads to nvme"
+    )
     loss_workspace_mib: int = knob(
         0,
         "MiB of logits that exist at a time; rows beyond go in blocks; 0: 1536 on a GPU, 128 on a CPU, 36 in fp32",

@@ -24,7 +24,7 @@ def train(config: RunConfig) -> int:
     device = engine.start(config.engine)
     folder = run_folder.open_run(config, engine.versions())
     values = ds_json.load(config.engine.ds_config)
-    build.check_reference(config)
+    build.check_offload(config, values)
     scenario = resolve("scenario", config.scenario, SCENARIOS)
     stopping = build.stopping(config)
 

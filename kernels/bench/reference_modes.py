@@ -135,7 +135,7 @@ def measure(options: argparse.Namespace, mode: str, rank: int) -> dict:
     config = arguments.parse(flags)
     check(config)
     try:
-        build.check_reference(config)
+        build.check_offload(config, values)
     except UsageError as error:
         return {"error": str(error)}
     path = embedded.locate(config.model.path)
