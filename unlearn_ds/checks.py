@@ -72,7 +72,9 @@ def _check_numbers(config: RunConfig) -> None:
         if not (math.isfinite(value) and value > 0):
             raise UsageError(f"{flag} must be above 0; got {value}.")
     not_negative = {
-        "--engine.loss_workspace_mib": config.engine.loss_workspace_mib,
+        "--engine.loss_workspace_mib": config.engine.loss_workspace_mib, "--nodes": config.cluster.nodes,
+        "--gpus_per_node": config.cluster.gpus_per_node, "--gpu_memory": config.cluster.gpu_memory,
+        "--host_memory": config.cluster.host_memory, "--global_batch_size": optim.global_batch_size,
         "--eps_forget": objective.eps_forget, "--eps_mismatch": objective.eps_mismatch, "--seed": config.seed,
         "--eps_retain": objective.eps_retain, "--forget_bound": objective.forget_bound,
         "--gradient_clipping": optim.gradient_clipping, "--warmup_ratio": optim.warmup_ratio,
