@@ -26,6 +26,8 @@ from unlearn_ds.types import EncodedRow, Term
 
 TERMS = [Term("forget", "forget", "ce", -1.0), Term("retain", "retain", "kl", 1.0)]
 
+WITHOUT_KL = [Term("forget", "forget", "ce", -1.0), Term("mismatch", "mismatch", "ce", 1.0)]
+
 
 def rows(num_rows: int, length: int, vocab: int) -> list[EncodedRow]:
     """Rows of one length, the second half of each an answer."""

@@ -67,7 +67,10 @@ def parse(flags: Mapping[str, Any]) -> RunConfig:
     if preset is not None and preset not in presets:
         raise UsageError(f"unknown preset '{preset}'. {did_you_mean(preset, presets)}")
     config = replace(RunConfig(), **SCENARIO_DEFAULTS.get(scenario, {}))
-    config = replace(config, **(presets[preset] if preset else {}), **{"preset": preset})
+    values = presets[preset] if preset else {}
+    if knobs.get("lora.rank") == 0:  # all weights instead: what the preset says of adapters is of no use
+        values = {name: value for name, value in values.items() if not name.startswith("lora.")}
+    config = replace(config, **values, **{"preset": preset})
     config = replace(config, **knobs)
     return _resolve_defaults(config)
 

@@ -139,8 +139,8 @@ def _check_nvme(config: RunConfig) -> None:
         users.append(f"--ds_config {engine.ds_config}")
     if users and folder is None:
         raise UsageError(
-            f"{' and '.join(users)} needs --engine.nvme_path FOLDER, a folder on a local disk for weights and optimizer "
-            "states."
+            f"{' and '.join(users)} needs --engine.nvme_path FOLDER, a folder on a local disk for weights and "
+            "optimizer states."
         )
     if folder is not None and not users:
         raise UsageError(

@@ -356,7 +356,7 @@ def check_async_io() -> None:
     error = next((e for e in dist.gather_objects(error) if e), None)
     if error:
         raise UsageError(
-            f"--reference nvme and optimizers on disk need DeepSpeed's async_io, and that cannot be built here: {error}. "
+            f"--reference nvme and optimizers on disk need DeepSpeed's async_io, which cannot be built here: {error}. "
             "Install libaio with its headers and a C++ compiler (apt-get install libaio-dev g++, or dnf install "
             "libaio-devel gcc-c++), or take --reference offload and --ds_config zero3_offload."
         )

@@ -16,12 +16,8 @@ from unlearn_ds.registry import OBJECTIVES, resolve
 from unlearn_ds.sizing import GIB, Machine
 
 WHEN = {
-    "always": "",
-    "step": "forward, backward",
-    "update": "update",
-    "checkpoint": "a checkpoint",
-    "evaluation": "evaluating",
-}
+    "always": "", "step": "in a step", "update": "in an update", "checkpoint": "saving", "evaluation": "evaluating",
+}  # fmt: skip
 
 
 def dry_run(config: RunConfig) -> None:
@@ -78,10 +74,8 @@ def say_communication(volumes: tuple[Volume, ...], ranks: Machine) -> None:
     if volumes:
         log.say(f"traffic of a step, whole tensors of which a rank moves {1 - 1 / ranks.world_size:.0%}:")
     for volume in volumes:
-        inside = " within a node" if volume.group == "node" else ""
-        log.say(
-            f"  {volume.what:<36} {volume.operation:<15}{volume.num_bytes / GIB:9.2f} GiB in {volume.calls:,} calls{inside}"
-        )
+        size = f"{volume.num_bytes / GIB:9.2f} GiB in {volume.calls:,} calls"
+        log.say(f"  {volume.what:<36} {volume.operation:<15}{size}{' within a node' * (volume.group == 'node')}")
 
 
 def say_remedies(found: list[choose.Remedy]) -> None:

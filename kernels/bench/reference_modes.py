@@ -134,6 +134,7 @@ def measure(options: argparse.Namespace, mode: str, rank: int) -> dict:
         flags["engine.nvme_path"] = options.nvme_path or tempfile.gettempdir()
     config = arguments.parse(flags)
     check(config)
+    values = ds_json.load(config.engine.ds_config)
     try:
         build.check_offload(config, values)
     except UsageError as error:
@@ -142,7 +143,6 @@ def measure(options: argparse.Namespace, mode: str, rank: int) -> dict:
     encoder = Encoder(model.load_tokenizer(path), config.data.template, config.data.system_prompt)
     data = resolve("scenario", config.scenario, SCENARIOS).load(config, encoder)
     batches = build.loader(config, encoder, data, data.forget["train"])
-    values = ds_json.load(config.engine.ds_config)
     policy = build.policy(config, path, values, device)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["UNLEARN_DS_CACHE"] = cache

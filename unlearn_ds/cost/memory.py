@@ -64,10 +64,11 @@ def _home(offload: str) -> str:
 def _states(shape: Shape, setup: Setup) -> list[Line]:
     width, trained = setup.bytes_per_weight, setup.trained(shape)
     whole = (shape.total + setup.num_adapter) * width
+    on_device = "device" if setup.offload_optimizer == "none" else "host"
     lines = [
         Line("weights", whole // setup.divided(3), _home(setup.offload_param)),
         Line("small weights, whole on each rank", setup.persistent(shape) * width),
-        Line("gradients", trained * width // setup.divided(2), "device" if setup.offload_optimizer == "none" else "host"),
+        Line("gradients", trained * width // setup.divided(2), on_device),
         Line(
             "optimizer: fp32 master and two moments" if setup.mixed else "optimizer: two moments",
             trained * (12 if setup.mixed else 8) // setup.divided(1), _home(setup.offload_optimizer),
