@@ -13,7 +13,7 @@ from unlearn_ds.cost.shapes import Shape
 from unlearn_ds.presets import EMBEDDED_PRESET
 from unlearn_ds.sizing import GIB, Machine, fits, setup_of, shape_of
 
-BY_COST = ("zero2", "zero3_hpz", "zero3", "zero3_offload", "zero3_offload_params", "zero3_nvme")
+BY_COST = ("zero2", "zero3_hpz", "zero3", "zero2_offload", "zero3_offload", "zero3_offload_params", "zero3_nvme")
 """Configurations from the fastest to the one that leaves most memory: less traffic before more, devices before hosts
 before disks. hpZ spares the network half of the gathers and only helps where there are several nodes."""
 
@@ -145,6 +145,8 @@ def _batches(config: RunConfig, given: set[str], ranks: Machine) -> list[dict[st
 
 def _reason(config: RunConfig, knob: str, shape: Shape, num_adapter: int, ranks: Machine) -> str:
     """Why a knob has its value: what the plan would be with what is preferred to it."""
+    if not fits(_plan(config, shape, num_adapter, ranks), ranks):
+        return "nothing fits"
     rows = global_batch(config, ranks)
     if knob == "optim.batch_size":
         return f"rows of a micro-batch on each of {ranks.world_size} devices, {rows} in a step"
@@ -158,7 +160,7 @@ def _reason(config: RunConfig, knob: str, shape: Shape, num_adapter: int, ranks:
     }[knob]  # fmt: skip
     value = value_of(config, knob)
     if value not in better or better.index(value) == 0:
-        return "the fastest, and it fits" if fits(_plan(config, shape, num_adapter, ranks), ranks) else "nothing fits"
+        return "the fastest, and it fits"
     other = better[better.index(value) - 1]
     peak = _plan(replace(config, **{knob: other}), shape, num_adapter, ranks).peak() / GIB
     shown = str(other).lower()

@@ -29,9 +29,9 @@ LEVELS = {
     ],  # fmt: skip
     1: ["dist", "log", "ops", "cost", "attention", "stopping"],
     2: ["model", "lora", "reference", "embedded", "data", "objectives", "metrics"],
-    3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder", "generate"],
-    4: ["evaluate", "plan", "doctor", "build", "prepare", "own_answers", "export", "comparison"],
-    5: ["loop"],
+    3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder", "generate", "sizing"],
+    4: ["evaluate", "choose", "scaling", "doctor", "build", "prepare", "own_answers", "export", "comparison"],
+    5: ["loop", "plan"],
     6: ["memorize"],
     7: ["trainer"],
 }
@@ -40,7 +40,20 @@ LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
 NEIGHBOURS = {("reference", "data.packing"), ("model", "lora")}
 """(room, module) of one level that may be imported all the same."""
 
-LAUNCHERS_MAY_IMPORT = {"trainer", "doctor", "plan", "cost", "dist", "log", "run_folder", "comparison", *LEVELS[0]}
+LAUNCHERS_MAY_IMPORT = {
+    "trainer",
+    "doctor",
+    "plan",
+    "choose",
+    "sizing",
+    "scaling",
+    "cost",
+    "dist",
+    "log",
+    "run_folder",
+    "comparison",
+    *LEVELS[0],
+}
 
 WITHOUT_TORCH = {"config", "checks", "registry", "presets", "studies", "arguments", "ds_json", "stopping"}
 """The command line must answer before torch is loaded."""

@@ -169,7 +169,7 @@ BAD = [
     ({"lora.export": "separate"}, "--lora_export needs --lora_rank above 0"),
     ({"engine.reference": "adapter"}, "--reference adapter .* needs --lora_rank above 0"),
     ({"engine.reference": "nvme"}, "--reference nvme needs --engine.nvme_path FOLDER"),
-    ({"engine.nvme_path": "."}, "--engine.nvme_path is only read by --reference nvme; .*--reference offload"),
+    ({"engine.nvme_path": "."}, "--engine.nvme_path is only read by --reference nvme and.*--reference offload"),
     ({"engine.reference": "nvme", "engine.nvme_path": "./nowhere"}, "--engine.nvme_path: no such folder: ./nowhere"),
 ]
 

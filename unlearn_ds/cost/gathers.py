@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 from unlearn_ds.cost.setup import Setup
@@ -30,16 +31,23 @@ class Gathers(NamedTuple):
 
 
 def gathers(shape: Shape, setup: Setup) -> Gathers:
-    """What a micro-batch gathers with a complete trace.
+    """What a micro-batch gathers with a complete trace."""
+    return _followed(shape, setup.checkpointing, setup.persistence, setup.prefetch, setup.max_live, setup.max_reuse)
 
-    As DeepSpeed's coordinator of partitioned parameters does it: before a module its weight is gathered, then those of
-    modules to come up to ``prefetch`` elements; after it the weight is let go, unless it is used again before
-    ``max_reuse`` elements of later modules have gone by, or the prefetcher has passed over a later use because it was
-    still there. Small weights are always there.
+
+@functools.lru_cache(maxsize=256)
+def _followed(
+    shape: Shape, checkpointing: bool, persistence: int, prefetch: int, max_live: int, max_reuse: int
+) -> Gathers:
+    """Gathers of a micro-batch, as DeepSpeed's coordinator of partitioned parameters makes them.
+
+    Before a module its weight is gathered, then those of modules to come up to ``prefetch`` elements; after it the
+    weight is let go, unless it is used again before ``max_reuse`` elements of later modules have gone by, or the
+    prefetcher has passed over a later use because it was still there. Small weights are always there.
     """
     forward = _forward(shape)
-    uses, turn = forward + _backward(shape, setup.checkpointing), len(forward)
-    small = {use.weight for use in uses if use.numel < setup.persistence} | {HOLDER.weight}
+    uses, turn = forward + _backward(shape, checkpointing), len(forward)
+    small = {use.weight for use in uses if use.numel < persistence} | {HOLDER.weight}
     there = set(small)
     live = 0
     passed: dict[int, int] = {}
@@ -49,7 +57,7 @@ def gathers(shape: Shape, setup: Setup) -> Gathers:
         calls[step >= turn] += numel > 0
         ahead = max(ahead, step + 1)
         there.add(use.weight)
-        fetched, most = 0, min(setup.prefetch, setup.max_live - live - numel)
+        fetched, most = 0, min(prefetch, max_live - live - numel)
         while ahead < len(uses) and fetched < most:
             later = uses[ahead]
             passed[later.weight] = ahead
@@ -61,7 +69,7 @@ def gathers(shape: Shape, setup: Setup) -> Gathers:
         live += numel + fetched
         most_live = max(most_live, live)
         calls[step >= turn] += fetched > 0
-        kept = use.weight in small or passed.get(use.weight, -1) > step + 1 or _reused(uses, step, setup.max_reuse)
+        kept = use.weight in small or passed.get(use.weight, -1) > step + 1 or _reused(uses, step, max_reuse)
         if not kept:
             there.discard(use.weight)
             live -= use.numel

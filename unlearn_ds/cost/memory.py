@@ -149,7 +149,7 @@ def _update(shape: Shape, setup: Setup) -> list[Line]:
 
 def _files(shape: Shape, setup: Setup) -> list[Line]:
     width, trained = setup.bytes_per_weight, setup.trained(shape)
-    states = trained * (12 if setup.mixed else 12)
+    states = 12 * trained  # in fp32 the weights themselves take the place of the master copy
     weights = 0 if setup.stage == 3 else (setup.num_adapter or shape.total) * width
     return [
         Line("a checkpoint, all ranks together", states + weights, "disk", "checkpoint"),
