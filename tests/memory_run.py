@@ -1,16 +1,19 @@
-"""One process that takes steps on a random model and reports the memory they took; run as a script by tests.
+"""Take steps on random models and report the memory they took, each in a process of its own; a script for tests.
 
-On a CPU: resident size above that of a process which has run another, tiny model before, so that libraries, thread
-pools and autograd are counted out. On a GPU: what the allocator handed out.
+On a CPU: resident size above that of a process which has run a tiny model before, so that libraries and autograd are
+counted out. On a GPU: what the allocator has handed out.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import multiprocessing
 import os
 import re
+import socket
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +22,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from unlearn_ds import build, ds_json, engine
 from unlearn_ds.arguments import parse
-from unlearn_ds.build import load_model
-from unlearn_ds.data.packing import Placed, kl_part, pack
+from unlearn_ds.config import RunConfig
+from unlearn_ds.data.packing import Placed, pack
 from unlearn_ds.reference import LiveReference
 from unlearn_ds.types import EncodedRow, Term
 
 TERMS = [Term("forget", "forget", "ce", -1.0), Term("retain", "retain", "kl", 1.0)]
-
 WITHOUT_KL = [Term("forget", "forget", "ce", -1.0), Term("mismatch", "mismatch", "ce", 1.0)]
+TINY = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 128}
 
 
 def rows(num_rows: int, length: int, vocab: int) -> list[EncodedRow]:
@@ -36,80 +39,94 @@ def rows(num_rows: int, length: int, vocab: int) -> list[EncodedRow]:
     return [EncodedRow(tuple(row[: length // 2]), tuple(row[length // 2 :])) for row in ids]
 
 
-def resident(field: str) -> int:
-    """Bytes of VmRSS or, since the last reset, of its peak VmHWM."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return int(found.group(1)) * 1024
+def config_of(job: dict[str, Any], path: str) -> RunConfig:
+    """The run of a job, for the plan and for the steps: as many forget rows as retain rows, all of one length."""
+    flags = {"warmup_ratio": 0.0, "learning_rate": 1e-5, "eps_mismatch": 0.0, **job["flags"]}
+    return parse({"model": path, "data.max_length": job["length"], "batch_size": job["rows"], **flags})
 
 
-def settle() -> None:
+def held(device: torch.device, peak: bool = False) -> int:
+    """Bytes held now, or the most since ``settle``."""
+    if device.type != "cpu":
+        return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+    found = re.search(rf"{'VmHWM' if peak else 'VmRSS'}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found.group(1)) * 1024 if found else 0
+
+
+def settle(device: torch.device) -> None:
     """Give freed memory back and forget earlier peaks."""
-    if torch.cuda.is_available():
+    if device.type != "cpu":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return
-    ctypes.CDLL(None).malloc_trim(0)
+    libc = ctypes.CDLL(None)
+    # Blocks of 64 KiB and more go back to the kernel when they are freed, so that what is resident is what is held:
+    # engine.start keeps them for speed.
+    libc.mallopt(ctypes.c_int(-3), ctypes.c_int(2**16))
+    libc.malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def take_steps(folder: Path, job: dict[str, Any], device: torch.device) -> dict[str, int]:
-    """Bytes before the model, with it, and at the peak of its steps."""
-    settle()
-    before = resident("VmRSS") if device.type == "cpu" else torch.cuda.memory_allocated()
-    config = parse({"model": str(folder), "warmup_ratio": 0.0, "learning_rate": 1e-5, **job["flags"]})
+    """Bytes that a model adds before its first step, and at the peak of its steps."""
+    architecture = AutoConfig.for_model(**job["model"])
+    with torch.device(device):
+        whole = AutoModelForCausalLM.from_config(architecture, dtype=torch.bfloat16 if job["bf16"] else torch.float32)
+    whole.save_pretrained(folder)
+    del whole
+    settle(device)
+    before, config = held(device), config_of(job, str(folder))
     values = ds_json.load(config.engine.ds_config)
+    if not job["bf16"]:
+        values.pop("bf16", None)
     policy = build.policy(config, str(folder), values, device)
     reference_values = ds_json.for_reference(values, config.engine.reference, policy.model.config.hidden_size)
-    frozen = load_model(config, str(folder), reference_values, device, policy.model.attention_name)
+    frozen = build.load_model(config, str(folder), reference_values, device, policy.model.attention_name)
     head = policy.full_weight(policy.model.causal_lm.get_output_embeddings().weight)
     reference = LiveReference(engine.ReferenceEngine(frozen, reference_values).hidden_rows, head)
-    settle()
-    built = resident("VmRSS") if device.type == "cpu" else torch.cuda.memory_allocated()
-    placed = rows(job["num_rows"], job["length"], policy.model.config.vocab_size)
-    batch = pack(
-        [Placed(row, n % 2, (-0.1, 0.2)[n % 2]) for n, row in sorted(enumerate(placed), key=lambda x: x[0] % 2)], TERMS
-    )
-    batch = batch.to(device)
-    assert kl_part(batch).num_tokens < batch.num_tokens
+    batch = rows(2 * job["rows"], job["length"], policy.model.config.vocab_size)
+    placed = [Placed(row, n // job["rows"], (-0.1, 0.2)[n // job["rows"]]) for n, row in enumerate(batch)]
+    packed = pack(placed, TERMS).to(device)
+    settle(device)
+    built = held(device)
     for _ in range(job["steps"]):
-        policy.backward(policy.loss(batch, reference.rows(batch)).loss)
+        policy.backward(policy.loss(packed, reference.rows(packed)).loss)
         policy.step()
-    peak = resident("VmHWM") if device.type == "cpu" else torch.cuda.max_memory_allocated()
-    policy.close()
-    return {"before": before, "built": built - before, "peak": peak - before, "tokens": batch.num_tokens}
+    return {"built": built - before, "peak": held(device, peak=True) - before}
 
 
-def main(folder: Path, jobs: list[dict[str, Any]]) -> list[dict[str, int]]:
-    """Each job on a device that a tiny model has warmed up."""
-    device = engine.start(parse({}).engine)
-    found = []
-    for n, job in enumerate(
-        [
-            {
-                **jobs[0],
-                "model": {**jobs[0]["model"], "num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 64},
-            },
-            *jobs,
-        ]
-    ):
-        path = folder / str(n)
-        architecture = AutoConfig.for_model(**job["model"])
-        with torch.device(device):
-            AutoModelForCausalLM.from_config(
-                architecture, dtype=torch.bfloat16 if job.get("bf16") else None
-            ).save_pretrained(path)
-        found.append(take_steps(path, job, device))
-    return found[1:]
-
-
-if __name__ == "__main__":
+def measure(job: dict[str, Any], port: int, path: Path) -> None:
+    """One process: a tiny model to warm up, then the job."""
     os.environ |= {
         "RANK": "0",
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": sys.argv[1],
+        "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    print("found", json.dumps(main(Path(sys.argv[2]), json.loads(sys.argv[3]))))
+    device = engine.start(parse({}).engine)
+    with tempfile.TemporaryDirectory() as folder:
+        take_steps(Path(folder, "tiny"), {**job, "model": {**job["model"], **TINY}, "length": 32}, device)
+        path.write_text(json.dumps(take_steps(Path(folder, "model"), job, device)))
+
+
+def main(jobs: list[dict[str, Any]]) -> list[dict[str, int]]:
+    """Jobs one after another. Processes are forked, so that they need not import all of this again; before that no
+    tensor has been made and no thread started."""
+    found = []
+    for job in jobs:
+        with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            process = multiprocessing.get_context("fork").Process(
+                target=measure, args=(job, probe.getsockname()[1], Path(folder, "found.json"))
+            )
+            probe.close()
+            process.start()
+            process.join()
+            found.append(json.loads(Path(folder, "found.json").read_text()))
+    return found
+
+
+if __name__ == "__main__":
+    print("found", json.dumps(main(json.loads(sys.argv[1]))))

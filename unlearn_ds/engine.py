@@ -20,6 +20,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.utils import groups
 from torch import nn
 from transformers import PreTrainedModel, get_scheduler
 from transformers.integrations import HfDeepSpeedConfig
@@ -320,6 +321,10 @@ class Policy:
         for parameter in self.model.parameters():
             parameter.grad = parameter.ds_tensor = None
         self.model, self.adapted = None, {}
+        if groups._ZERO_PARAM_INTRA_PARALLEL_GROUP is not None:
+            # DeepSpeed 0.19.8 makes hpZ's group when a model is loaded and refuses to make it for a second one.
+            torch.distributed.destroy_process_group(groups._ZERO_PARAM_INTRA_PARALLEL_GROUP)
+            groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
         gc.collect()
         get_accelerator().empty_cache()
 
