@@ -102,21 +102,31 @@ def shape(config: PretrainedConfig) -> Shape:
         whole = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
     options = text.to_dict()
-    layers: dict[str, list[int]] = {}
-    outer = []
+    layer, outer = [], []
     for name, parameter in whole.named_parameters():
-        found = re.match(r".*?\.\d+\.", name)
-        (layers.setdefault(found.group(), []) if found else outer).append(parameter.numel())
+        found = re.match(r"(.*?\.)(\d+)\.", name)
+        if found is None:
+            outer.append(parameter.numel())
+        elif found.group(2) == "0":
+            layer.append((_place(name), parameter.numel()))
     heads = text.num_attention_heads
     inner = options.get("intermediate_size") or options.get("ffn_dim") or options.get("n_inner") or 4 * text.hidden_size
     linear = [m for m in whole.modules() if isinstance(m, nn.Linear) and inner in m.weight.shape]
+    in_order = [numel for _, numel in sorted(layer, key=lambda item: item[0])]
     return Shape(
         hidden_size=text.hidden_size, num_layers=text.num_hidden_layers, num_heads=heads,
         num_kv_heads=options.get("num_key_value_heads") or heads,
         head_dim=options.get("head_dim") or text.hidden_size // heads, intermediate_size=inner,
         vocab_size=text.vocab_size, gated=len(linear) > 2 * text.num_hidden_layers,
-        tied=bool(text.tie_word_embeddings), outer=tuple(outer), layer=tuple(next(iter(layers.values()))),
+        tied=bool(text.tie_word_embeddings), outer=tuple(outer), layer=tuple(in_order),
     )  # fmt: skip
+
+
+def _place(name: str) -> int:
+    """Where in a layer a weight is used: norm, attention, norm, MLP. Modules are not registered in that order."""
+    if "norm" in name or ".ln_" in name:
+        return 0 if any(word in name for word in ("input", "ln_1", "self_attn")) else 2
+    return 1 if "attn" in name or "attention" in name else 3
 
 
 def largest_weight(config: PretrainedConfig) -> int:
