@@ -37,7 +37,7 @@ def test_live_weights_stay_near_their_limit():
 def test_hpz_keeps_the_second_gather_within_the_node():
     plain, hpz = (communication(LLAMA_70B, SETUP._replace(hpz=size)) for size in (1, 8))
     assert total(plain) == total(hpz) and total(plain, group="node") == 0
-    assert total(hpz, group="node") == gathers(LLAMA_70B, SETUP).backward * 2
+    assert total(hpz, group="node") == pytest.approx(gathers(LLAMA_70B, SETUP).backward * 2, rel=0.01)
     twice = communication(LLAMA_70B, SETUP._replace(hpz=8, accumulation=2))
     assert total(twice, "all_gather", "world") == total(hpz, "all_gather", "world")
 

@@ -60,17 +60,15 @@ def _sharded(shape: Shape, setup: Setup) -> list[Volume]:
     calls_first, calls_again = found.calls
     if setup.hpz > 1:
         # The second copy is made when a step first gathers a weight, and thrown away by the update.
-        inside = (again + (steps - 1) * (first + again)) * width
+        once = gathers(shape, setup._replace(max_reuse=10 * shape.total))
+        inside = (steps * (first + again) - once.forward) * width
         volumes = [
-            Volume("weights, first forward", "all_gather", first * width, calls=calls_first),
+            Volume("weights, first forward", "all_gather", once.forward * width, calls=sum(once.calls)),
             Volume(
-                "weights, from the copy of the node",
-                "all_gather",
-                inside,
-                "node",
-                steps * sum(found.calls) - calls_first,
+                "weights, from the copy of the node", "all_gather", inside, "node",
+                steps * sum(found.calls) - sum(once.calls),
             ),
-        ]
+        ]  # fmt: skip
     else:
         volumes = [
             Volume("weights, forward", "all_gather", steps * first * width, calls=steps * calls_first),
