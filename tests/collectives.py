@@ -28,6 +28,10 @@ class Counter:
     def reset(self) -> None:
         self.found = defaultdict(lambda: [0, 0])
 
+    def taken(self) -> dict[str, tuple[int, int]]:
+        """What was counted so far, untouched by what follows."""
+        return {name: (num_bytes, calls) for name, (num_bytes, calls) in self.found.items()}
+
     def _wrapped(self, function: Callable[..., Any], name: str, position: int) -> Callable[..., Any]:
         @functools.wraps(function)
         def counted(*args: Any, **kwargs: Any) -> Any:

@@ -68,7 +68,7 @@ def counted(name, folder, device, counter):
         for _ in range(config.optim.gradient_accumulation_steps):
             policy.backward(policy.loss(batch, reference.rows(batch) if reference else None).loss)
             policy.step()
-    found = dict(counter.found)
+    found = counter.taken()
     policy.close()
     return found
 

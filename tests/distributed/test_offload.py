@@ -50,8 +50,9 @@ def losses(name, folder, device, counter, **flags):
             policy.backward(output.loss)
             result = policy.step()
         found.append([float(output.loss), result.grad_norm])
+    counted = counter.taken()
     policy.close()
-    return {"losses": found, "counted": dict(counter.found)}
+    return {"losses": found, "counted": counted}
 
 
 def worker(rank, folder, port):
