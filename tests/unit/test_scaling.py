@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from unlearn_ds import scaling
+from unlearn_ds.config import UsageError
 from unlearn_ds.cost import shapes
 from unlearn_ds.cost.communication import communication, total
 from unlearn_ds.cost.gathers import gathers
@@ -67,3 +69,20 @@ def test_compute_alone_reaches_the_stated_share_of_the_peak():
     body = shape.total - 2 * shape.head - 65 * 4096
     assert step.compute == pytest.approx(8 * (body * 4096 + shape.head * 2048) / (312e12 * 0.55))
     assert step.exposed == 0
+
+
+def test_the_table_and_the_plot_show_both_configurations_on_each_number_of_gpus(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    points = scaling.lines("llama2-7b", "harmful", "h100-400g")
+    assert [p.step.gpus for p in points if p.label == "ZeRO-3"] == list(scaling.GPUS)
+    assert [p.step.gpus for p in points if p.label == "hpZ"] == list(scaling.GPUS[1:])
+    scaling.say("llama2-7b", "h100-400g", points)
+    said = capsys.readouterr().out
+    assert "1,024" in said and "network" in said and "…" not in said
+    scaling.draw({("llama2-7b", "h100-400g"): points}, str(tmp_path / "plot.png"))
+    assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_an_unknown_cluster_is_refused_with_the_nearest():
+    with pytest.raises(UsageError, match="unknown 'h10'.*h100"):
+        scaling.lines("llama2-7b", "harmful", "h10")
