@@ -21,7 +21,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["unlearn_ds", "unlearn_ds.*"], exclude=["*.bench", "*.bench.*"]),
-    package_data={"unlearn_ds": ["sample/*.jsonl", "sample/*.txt", "ds_configs/*.json", "*.j2"]},
+    package_data={"unlearn_ds": ["sample/*.jsonl", "sample/*.txt", "ds_configs/*.json", "ds_configs/*/*.json", "*.j2"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "deepspeed>=0.19.3",

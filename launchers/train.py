@@ -25,10 +25,13 @@ def main(*positional: str, **flags: object) -> None:
 
     if not run.log.verbose:
         log.quiet()
+    from unlearn_ds import choose, plan, sizing
+
+    if not run.dry_run:
+        sizing.check_machine(run)
+    run = choose.resolved(run, arguments.given(flags), sizing.machine(run))
     run = arguments.for_machine(run, dist.computes_bf16())
     if run.dry_run:
-        from unlearn_ds import plan
-
         plan.dry_run(run)
         return
     run_folder.check(run)

@@ -33,10 +33,12 @@ FLAT = {
     "warmup_ratio": "optim.warmup_ratio", "max_steps": "optim.max_steps", "batch_size": "optim.batch_size",
     "retain_batch_size": "optim.retain_batch_size",
     "gradient_accumulation_steps": "optim.gradient_accumulation_steps",
-    "gradient_clipping": "optim.gradient_clipping",
+    "global_batch_size": "optim.global_batch_size", "gradient_clipping": "optim.gradient_clipping",
     "lora_rank": "lora.rank", "lora_alpha": "lora.alpha", "lora_targets": "lora.targets",
     "lora_export": "lora.export",
     "ds_config": "engine.ds_config", "reference": "engine.reference",
+    "nodes": "cluster.nodes", "gpus_per_node": "cluster.gpus_per_node", "gpu_memory": "cluster.gpu_memory",
+    "host_memory": "cluster.host_memory",
     "eval_every": "eval.every", "judge": "eval.judge", "stop": "stop.rules",
     "save_every": "checkpoint.save_every", "resume": "checkpoint.resume", "overwrite": "checkpoint.overwrite",
     "profile": "log.profile", "trace": "log.trace",
@@ -66,9 +68,17 @@ def parse(flags: Mapping[str, Any]) -> RunConfig:
     if preset is not None and preset not in presets:
         raise UsageError(f"unknown preset '{preset}'. {did_you_mean(preset, presets)}")
     config = replace(RunConfig(), **SCENARIO_DEFAULTS.get(scenario, {}))
-    config = replace(config, **(presets[preset] if preset else {}), **{"preset": preset})
+    values = presets[preset] if preset else {}
+    if knobs.get("lora.rank") == 0:  # all weights instead: what the preset says of adapters is of no use
+        values = {name: value for name, value in values.items() if not name.startswith("lora.")}
+    config = replace(config, **values, **{"preset": preset})
     config = replace(config, **knobs)
     return _resolve_defaults(config)
+
+
+def given(flags: Mapping[str, Any]) -> set[str]:
+    """Dotted names of the knobs that flags set: what nothing else may choose."""
+    return {_dotted(name) for name in flags if name not in IGNORED}
 
 
 def _resolve_defaults(config: RunConfig) -> RunConfig:

@@ -55,6 +55,8 @@ def loss_options(config: RunConfig, values: dict[str, Any], device: torch.device
 
 def policy(config: RunConfig, path: str, values: dict[str, Any], device: torch.device) -> engine.Policy:
     """The trained model on its engine."""
+    folder = _disk(config, "policy-") if ds_json.uses_disk(values) else None
+    values = ds_json.for_machine(values, dist.local_world_size(), folder.name if folder else None)
     name, reason = resolve_attention(config, path, values, device)
     log.say(
         f"engine      ZeRO-{ds_json.stage(values)} on {dist.world_size()} x {device.type}, "
@@ -72,7 +74,12 @@ def policy(config: RunConfig, path: str, values: dict[str, Any], device: torch.d
         )
     if config.model.activation_checkpointing:
         model.enable_activation_checkpointing()
-    return engine.Policy(model, values, config.optim)
+    return engine.Policy(model, values, config.optim, folder)
+
+
+def _disk(config: RunConfig, prefix: str) -> tempfile.TemporaryDirectory[str]:
+    """A folder of this rank's own: DeepSpeed empties the one it is given, whatever another run has there."""
+    return tempfile.TemporaryDirectory(prefix=prefix, dir=Path(config.engine.nvme_path or "").expanduser())
 
 
 def stopping(config: RunConfig) -> Stopping:
@@ -112,9 +119,9 @@ def reference(
     return resolve("reference", config.engine.reference, REFERENCES)(config, path, values, trained, batches)
 
 
-def check_reference(config: RunConfig) -> None:
-    """Raise ``UsageError`` when the machine lacks what the reference needs; called before any model is loaded."""
-    if config.engine.reference == "nvme":
+def check_offload(config: RunConfig, values: dict[str, Any]) -> None:
+    """Raise ``UsageError`` when the machine lacks what offloaded states need; called before any model is loaded."""
+    if config.engine.reference == "nvme" or ds_json.uses_disk(values):
         log.say("nvme        loading DeepSpeed's async_io; building it, the first time, takes minutes")
         engine.check_async_io()
 
@@ -125,8 +132,7 @@ def live_reference(
     """A second model on an engine of its own, its weights in host memory, on disk or on the device."""
     policy_model, mode, folder, largest = trained.model, config.engine.reference, None, 0
     if mode == "nvme":
-        # A folder of its own: DeepSpeed empties the one it is given, whatever another run has there.
-        folder = tempfile.TemporaryDirectory(prefix="reference-", dir=Path(config.engine.nvme_path or "").expanduser())
+        folder = _disk(config, "reference-")
         largest = math.ceil(models.largest_weight(policy_model.config) / dist.world_size())
     reference_values = ds_json.for_reference(
         values, mode, policy_model.config.hidden_size, folder.name if folder else None, largest

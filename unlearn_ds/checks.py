@@ -6,6 +6,7 @@ import math
 import os
 from pathlib import Path
 
+from unlearn_ds import ds_json
 from unlearn_ds.config import (
     DATA_SUFFIXES,
     EMBEDDED_MODEL,
@@ -71,7 +72,9 @@ def _check_numbers(config: RunConfig) -> None:
         if not (math.isfinite(value) and value > 0):
             raise UsageError(f"{flag} must be above 0; got {value}.")
     not_negative = {
-        "--engine.loss_workspace_mib": config.engine.loss_workspace_mib,
+        "--engine.loss_workspace_mib": config.engine.loss_workspace_mib, "--nodes": config.cluster.nodes,
+        "--gpus_per_node": config.cluster.gpus_per_node, "--gpu_memory": config.cluster.gpu_memory,
+        "--host_memory": config.cluster.host_memory, "--global_batch_size": optim.global_batch_size,
         "--eps_forget": objective.eps_forget, "--eps_mismatch": objective.eps_mismatch, "--seed": config.seed,
         "--eps_retain": objective.eps_retain, "--forget_bound": objective.forget_bound,
         "--gradient_clipping": optim.gradient_clipping, "--warmup_ratio": optim.warmup_ratio,
@@ -131,12 +134,19 @@ def _check_lora(config: RunConfig) -> None:
 
 
 def _check_nvme(config: RunConfig) -> None:
-    reference, folder = config.engine.reference, config.engine.nvme_path
-    if (reference == "nvme") != (folder is not None):
+    engine, folder = config.engine, config.engine.nvme_path
+    users = ["--reference nvme"] * (engine.reference == "nvme")
+    if engine.ds_config != "auto" and ds_json.uses_disk(ds_json.load(engine.ds_config)):
+        users.append(f"--ds_config {engine.ds_config}")
+    if users and folder is None:
         raise UsageError(
-            "--reference nvme needs --engine.nvme_path FOLDER, a folder on a local disk for the reference's weights."
-            if folder is None
-            else f"--engine.nvme_path is only read by --reference nvme; this run has --reference {reference}."
+            f"{' and '.join(users)} needs --engine.nvme_path FOLDER, a folder on a local disk for weights and "
+            "optimizer states."
+        )
+    if folder is not None and not users:
+        raise UsageError(
+            "--engine.nvme_path is only read by --reference nvme and by a --ds_config that offloads to nvme; this run "
+            f"has --reference {engine.reference} and --ds_config {engine.ds_config}."
         )
     if folder is not None and not Path(folder).expanduser().is_dir():
         raise UsageError(f"--engine.nvme_path: no such folder: {folder}")

@@ -103,6 +103,10 @@ class OptimConfig:
     batch_size: int = knob(8, "forget rows of a micro-batch on one device")
     retain_batch_size: int = knob(0, "retain rows of a micro-batch on one device; 0: as many as forget rows")
     gradient_accumulation_steps: int = knob(1, "micro-batches of one optimizer step")
+    global_batch_size: int = knob(
+        0, "forget rows of an optimizer step, all devices together; a preset cuts it into micro-batches that fit; 0: "
+        "devices x batch_size x gradient_accumulation_steps"
+    )  # fmt: skip
     gradient_clipping: float = knob(1.0, "largest global gradient norm; 0: no clipping")
     max_skipped: int = knob(3, "non-finite steps in a row after which the run ends with exit code 3")
 
@@ -122,7 +126,9 @@ class EngineConfig:
     )
     reference: str = knob("auto", "the frozen reference: offload (a second model in host memory), nvme (on disk), "
                           "resident, cached or adapter; auto: adapter with --lora_rank, else offload")  # fmt: skip
-    nvme_path: str | None = knob(None, "folder on a local disk for the weights of --reference nvme")
+    nvme_path: str | None = knob(
+        None, "folder on a local disk for --reference nvme and for a --ds_config that offloads to nvme"
+    )
     loss_workspace_mib: int = knob(
         0,
         "MiB of logits that exist at a time; rows beyond go in blocks; 0: 1536 on a GPU, 128 on a CPU, 36 in fp32",
@@ -130,6 +136,16 @@ class EngineConfig:
     loss_kernel: str = knob("auto", "rows of logits: triton, torch, or auto: triton on a GPU")
     timeout_minutes: int = knob(30, "of collective operations before a run gives up on a silent rank")
     heartbeat_seconds: int = knob(30, "without a sign of life after which a rank is lost and the run ends; 0: never")
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """What a plan is made for; runs take what they find."""
+
+    nodes: int = knob(0, "nodes to plan for; 0: as many as the launcher has started")
+    gpus_per_node: int = knob(0, "GPUs of a node; 0: as many as the launcher has started")
+    gpu_memory: float = knob(0.0, "GiB of one GPU; 0: of this machine's")
+    host_memory: float = knob(0.0, "GiB of a node's memory; 0: this machine's, or unknown where --gpu_memory is given")
 
 
 @dataclass(frozen=True)
@@ -200,6 +216,7 @@ class RunConfig:
     optim: OptimConfig = OptimConfig()
     lora: LoraConfig = LoraConfig()
     engine: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig()
     eval: EvalConfig = EvalConfig()
     stop: StopConfig = StopConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -226,7 +243,9 @@ def fingerprint(config: RunConfig) -> str:
     Logging, checkpoint cadence, patience with silent ranks, the form of the export and, without stop rules, evaluation
     cadence may change between a run and its continuation. Local data and DeepSpeed files count by content, not by path.
     """
-    kept = {k: v for k, v in to_dict(config).items() if k not in ("log", "checkpoint", "output_dir", "dry_run")}
+    kept = {
+        k: v for k, v in to_dict(config).items() if k not in ("log", "checkpoint", "cluster", "output_dir", "dry_run")
+    }
     free = ("batch_size", "gather") if config.stop.rules else ("every", "batch_size", "gather")
     kept["eval"] = {k: v for k, v in kept["eval"].items() if k not in free}
     kept["data"]["retain_data"] = [(_content(name), weight) for name, weight in weighted(config.data.retain_data)]

@@ -111,7 +111,7 @@ def examine_nodes(config: RunConfig, flags: dict[str, Any], options: Options) ->
     master = options.master_addr or os.environ.get("MASTER_ADDR")
     port = options.port("master_port") or (network.DEFAULT_PORT if options.hostfile else None)
     order = remote.Order(flags, places, list(hosts.values()), master, port)
-    planning = _start_plan(flags, sum(max(1, slots) for slots in hosts.values()))
+    planning = _start_plan(flags, len(hosts), max(1, *hosts.values()) if hosts else 1)
     examined = remote.examine(order, options.on("bandwidth"))
     plan = _finish_plan(planning)
     subject = Subject(config, tuple(hosts), 0, 0, master, port)
@@ -126,7 +126,7 @@ def examine_ranks(config: RunConfig, flags: dict[str, Any], options: Options, be
     """
     subject = of_this_rank(config)
     first, is_main = os.environ.get("LOCAL_RANK", "0") == "0", os.environ["RANK"] == "0"
-    planning = _start_plan(flags, max(1, subject.ranks) * len(subject.nodes)) if is_main else None
+    planning = _start_plan(flags, len(subject.nodes), max(1, subject.ranks)) if is_main else None
     report = node.examine(subject) if first else None
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns of addresses without a name
     from unlearn_ds.preflight import group  # torch takes seconds to import, and the examination needs none
@@ -191,11 +191,12 @@ class Planning(NamedTuple):
     deadline: float
 
 
-def _start_plan(flags: dict[str, Any], world_size: int) -> Planning:
+def _start_plan(flags: dict[str, Any], num_nodes: int, ranks_per_node: int) -> Planning:
     """Work the memory plan out beside the nodes: its imports take longer than they do, and a process may be ended."""
+    ranks = {"WORLD_SIZE": str(num_nodes * ranks_per_node), "LOCAL_SIZE": str(ranks_per_node)}
     process = subprocess.Popen(
         [sys.executable, "-m", "unlearn_ds.doctor", "--plan"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL, text=True, env={**os.environ, "WORLD_SIZE": str(world_size)},
+        stderr=subprocess.DEVNULL, text=True, env={**os.environ, **ranks},
     )  # fmt: skip
     process.stdin.write(json.dumps(flags))
     process.stdin.close()
@@ -216,30 +217,28 @@ def _finish_plan(planning: Planning) -> MemoryPlan:
     return MemoryPlan(**json.loads(answers[-1].removeprefix(node.MARK)))
 
 
-def planned(config: RunConfig) -> MemoryPlan:
-    """What one rank of ``WORLD_SIZE`` holds, by the memory plan of ``--dry_run``.
+def planned(config: RunConfig, given: set[str]) -> MemoryPlan:
+    """What one of the ranks that the environment tells of holds, by the memory plan of ``--dry_run``.
 
-    The one place that knows the form of that plan: its entries name their place, "(host memory)", "(disk)" or "while".
+    given: knobs that flags set; with a preset of a large model the others follow from the plan.
     """
-    if files.model_folder(config) is None:
-        return MemoryPlan(missing="the model is not on this machine yet")
-    from unlearn_ds import dist, embedded, lora, plan
-    from unlearn_ds import model as models
+    from unlearn_ds import choose, dist, sizing
+    from unlearn_ds.cost import shapes
 
-    config = arguments.for_machine(config, dist.computes_bf16())
-    architecture = models.load_config(embedded.locate(config.model.path), config.model.revision)
-    adapters = lora.size(architecture, config.lora)
-    entries = plan.memory_plan(config, ds_json.load(config.engine.ds_config), models.size(architecture), adapters)
-    device = {name: count for name, count in entries.items() if not any(w in name for w in ("host", "disk", "while"))}
-    states = sum(n for name, n in device.items() if name.startswith(("weights", "gradients", "optimizer", "reference")))
-    host = sum(count for name, count in entries.items() if "host" in name)
-    return MemoryPlan(states, sum(device.values()), host)
+    if files.model_folder(config) is None and shapes.public(config.model.path) is None:
+        return MemoryPlan(missing="the model is not on this machine yet")
+    ranks = sizing.machine(config)
+    config = arguments.for_machine(choose.resolved(config, given, ranks), dist.computes_bf16())
+    plan = sizing.plan_of(config, ranks)
+    states = sum(plan.of(what) for what in ("weights", "gradients", "optimizer", "reference"))
+    return MemoryPlan(states, plan.peak("device"), plan.peak("host"))
 
 
 def _answer_plan() -> None:
     """The process of ``_start_plan``: flags on the input, the plan on the output."""
     try:
-        found = planned(arguments.parse(json.loads(sys.stdin.read())))
+        flags = json.loads(sys.stdin.read())
+        found = planned(arguments.parse(flags), arguments.given(flags))
     except (OSError, ValueError) as error:  # a model that cannot be read is told by the checks of its files
         found = MemoryPlan(missing=str(error).splitlines()[0])
     print(node.MARK + json.dumps(found._asdict()))

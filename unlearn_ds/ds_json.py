@@ -17,6 +17,11 @@ from unlearn_ds.registry import did_you_mean
 
 FOLDER = Path(__file__).parent / "ds_configs"
 
+RANKS_PER_NODE = "ranks_per_node"
+"""Value of ``zero_hpz_partition_size`` that stands for the ranks of a node, as the launcher starts them."""
+LEAST_BUCKET = 500_000
+"""Elements of a reduction; below it calls cost more than bytes."""
+
 OWNED = {
     "train_batch_size": "--batch_size", "train_micro_batch_size_per_gpu": "--batch_size",
     "gradient_accumulation_steps": "--gradient_accumulation_steps", "gradient_clipping": "--gradient_clipping",
@@ -111,6 +116,22 @@ def check(values: Mapping[str, Any], path: str) -> None:
         raise UsageError(
             f"{path}: 'zero_optimization.offload_param' needs stage 3; this file has {zero.get('stage', 0)}."
         )
+    _check_scale(zero, path)
+
+
+def _check_scale(zero: Mapping[str, Any], path: str) -> None:
+    """Raise ``UsageError`` for offload and hpZ that the stage cannot honour."""
+    if "offload_optimizer" in zero and zero.get("stage", 0) == 0:
+        raise UsageError(f"{path}: 'zero_optimization.offload_optimizer' needs stage 1, 2 or 3; this file has 0.")
+    if zero.get("offload_optimizer", {}).get("device") == "nvme" and zero.get("stage") != 3:
+        raise UsageError(f"{path}: an optimizer on disk needs stage 3; this file has {zero.get('stage', 0)}.")
+    size = zero.get("zero_hpz_partition_size", 1)
+    if not (size == RANKS_PER_NODE or (type(size) is int and size >= 1)):
+        raise UsageError(
+            f"{path}: 'zero_optimization.zero_hpz_partition_size' takes \"{RANKS_PER_NODE}\" or a number; got {size!r}."
+        )
+    if size != 1 and zero.get("stage") != 3:
+        raise UsageError(f"{path}: 'zero_optimization.zero_hpz_partition_size' needs stage 3.")
 
 
 def _check_keys(values: Mapping[str, Any], path: str) -> None:
@@ -147,8 +168,31 @@ def is_bf16(values: Mapping[str, Any]) -> bool:
     return enabled(values, "bf16")
 
 
+def offloads(values: Mapping[str, Any], section: str) -> str:
+    """Where ``offload_param`` or ``offload_optimizer`` keeps its states: "none", "cpu" or "nvme"."""
+    return values.get("zero_optimization", {}).get(section, {}).get("device", "none")
+
+
+def uses_disk(values: Mapping[str, Any]) -> bool:
+    """True when weights or optimizer states lie on a disk, so that a folder has to be named."""
+    return "nvme" in (offloads(values, "offload_param"), offloads(values, "offload_optimizer"))
+
+
+def for_machine(values: Mapping[str, Any], ranks_per_node: int, nvme_path: str | None = None) -> dict[str, Any]:
+    """The configuration with what only the machine knows filled in: how many ranks hpZ divides its second copy of the
+    weights over, and the folder of what lies on disk."""
+    filled = copy.deepcopy(dict(values))
+    zero = filled.get("zero_optimization", {})
+    if zero.get("zero_hpz_partition_size") == RANKS_PER_NODE:
+        zero["zero_hpz_partition_size"] = ranks_per_node
+    for section in ("offload_param", "offload_optimizer"):
+        if offloads(values, section) == "nvme":
+            zero[section]["nvme_path"] = nvme_path
+    return filled
+
+
 def for_policy(values: Mapping[str, Any], optim: OptimConfig, hidden_size: int) -> dict[str, Any]:
-    """The full configuration of the trained model: the JSON, our knobs, and bucket sizes that follow its width."""
+    """The full configuration of the trained model: the JSON, our knobs, and sizes that follow its width."""
     merged = copy.deepcopy(dict(values))
     merged["train_micro_batch_size_per_gpu"] = optim.batch_size
     merged["gradient_accumulation_steps"] = optim.gradient_accumulation_steps
@@ -159,42 +203,47 @@ def for_policy(values: Mapping[str, Any], optim: OptimConfig, hidden_size: int) 
     # Our optimizer is torch's AdamW, wrapped: DeepSpeed only accepts that when told so, also with offload.
     merged["zero_allow_untested_optimizer"] = True
     merged["zero_force_ds_cpu_optimizer"] = False
+    zero = merged.get("zero_optimization", {})
+    _size_buckets(zero, hidden_size)
     if stage(values) == 3:
-        zero = merged["zero_optimization"]
-        # One hidden x hidden matrix is the unit that overlaps well; norms and other small tensors stay whole.
-        zero.setdefault("reduce_bucket_size", max(hidden_size * hidden_size, 500_000))
-        zero.setdefault("stage3_prefetch_bucket_size", int(0.9 * hidden_size * hidden_size))
-        zero.setdefault("stage3_param_persistence_threshold", 10 * hidden_size)
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     return merged
+
+
+def _size_buckets(zero: dict[str, Any], hidden_size: int) -> None:
+    """Sizes that the JSON leaves out, in elements, from the width of the model.
+
+    One hidden x hidden matrix is the unit of ZeRO-3 that overlaps well; norms and other small tensors stay whole.
+    Below stage 3 the unit is a layer of about 12 such matrices; DeepSpeed's own 5e8 would take a GiB a buffer, and is
+    the limit here.
+    """
+    square = hidden_size * hidden_size
+    if zero.get("stage") == 3:
+        zero.setdefault("reduce_bucket_size", max(square, LEAST_BUCKET))
+        zero.setdefault("stage3_prefetch_bucket_size", int(0.9 * square))
+        zero.setdefault("stage3_param_persistence_threshold", 10 * hidden_size)
+    elif zero.get("stage"):
+        layer = min(max(12 * square, LEAST_BUCKET), 500_000_000)
+        zero.setdefault("reduce_bucket_size", layer)
+        zero.setdefault("allgather_bucket_size", layer)
 
 
 def for_reference(
     values: Mapping[str, Any], mode: str, hidden_size: int, nvme_path: str | None = None, largest: int = 0
 ) -> dict[str, Any]:
-    """The configuration of the frozen reference: ZeRO-3 in the policy's precision.
+    """The configuration of the frozen reference: ``ds_configs/reference/MODE.json`` in the policy's precision.
 
-    mode: "offload" keeps it in host memory, "nvme" in the folder ``nvme_path``, read through buffers for ``largest``
-    elements: the largest partition of a weight on one rank.
+    mode: "resident", "offload" (host memory) or "nvme": in the folder ``nvme_path``, read through buffers for
+    ``largest`` elements, the largest partition of a weight on one rank. Its trace changes whenever policy and reference
+    alternate, so prefetching, which those files switch off, would fetch for nothing. A partition below a block of
+    ``aio`` stays in host memory.
     """
-    zero: dict[str, Any] = {
-        "stage": 3,
-        "stage3_param_persistence_threshold": 10 * hidden_size,
-        # Its trace changes whenever policy and reference alternate, so prefetching would fetch for nothing.
-        "stage3_prefetch_bucket_size": 0,
-    }
-    merged = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": 2**31 - 1, "zero_optimization": zero}
-    if mode == "offload":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    merged = json.loads((FOLDER / "reference" / f"{mode}.json").read_text(encoding="utf-8"))
+    merged |= {"train_micro_batch_size_per_gpu": 1, "steps_per_print": 2**31 - 1}
+    zero = merged["zero_optimization"]
+    zero["stage3_param_persistence_threshold"] = 10 * hidden_size
     if mode == "nvme":
-        zero["offload_param"] = {
-            "device": "nvme", "nvme_path": nvme_path, "pin_memory": True, "buffer_count": 5, "buffer_size": largest,
-        }  # fmt: skip
-        # A partition below a block stays in host memory.
-        merged["aio"] = {
-            "block_size": 2**20, "queue_depth": 8, "intra_op_parallelism": 1, "single_submit": False,
-            "overlap_events": True,
-        }  # fmt: skip
+        zero["offload_param"] |= {"nvme_path": nvme_path, "buffer_size": largest}
     if is_bf16(values):
         merged["bf16"] = {"enabled": True}
     return merged

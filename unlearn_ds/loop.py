@@ -54,7 +54,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self._pool, self._ahead = ThreadPoolExecutor(1, "batches"), {}
-        self.shape = matrices.shape(
+        self.products = matrices.products(
             self.policy.model.config, self.config.lora, self.config.model.activation_checkpointing
         )
         self.profiler.watch(self.policy.model, engine.communication_points())
@@ -183,7 +183,7 @@ class Run:
         """Model FLOPs of a micro-batch on the host, and those that the device does, reference included."""
         model = self.policy.model
         found = flops.count(
-            self.shape, matrices.work(batch, self.shape, model.attention_name, model.device.type),
+            self.products, matrices.work(batch, self.products, model.attention_name, model.device.type),
             checkpointing=self.config.model.activation_checkpointing,
             reference=self.config.engine.reference if self.reference else None,
         )  # fmt: skip

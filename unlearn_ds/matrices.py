@@ -13,11 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from unlearn_ds import attention, lora
 from unlearn_ds.config import LoraConfig
-from unlearn_ds.cost.flops import Shape, Work
+from unlearn_ds.cost.flops import Products, Work
 from unlearn_ds.types import PackedBatch
 
 
-def shape(architecture: PretrainedConfig, config: LoraConfig, checkpointing: bool = False) -> Shape:
+def products(architecture: PretrainedConfig, config: LoraConfig, checkpointing: bool = False) -> Products:
     """Matrix elements of an architecture by what happens to them, with the adapters that ``config`` asks for.
 
     A model without memory runs two tokens without values: so it is seen, not guessed, which matrices run, which of
@@ -42,7 +42,7 @@ def shape(architecture: PretrainedConfig, config: LoraConfig, checkpointing: boo
         model.train()(input_ids=ids_BL, attention_mask=mask, position_ids=ids_BL, use_cache=False)
     head = model.get_output_embeddings().weight
     body = [seen for seen in trace.linear if seen[1] is not head]
-    return Shape(
+    return Products(
         forward=sum(weight.numel() for _, weight, *_ in body),
         plain=sum(weight.numel() for name, weight, *_ in body if not lora.is_adapter(f"{name}.weight")),
         backward=sum(weight.numel() * (needed + weight.requires_grad) for _, weight, needed in body),
@@ -99,23 +99,25 @@ def _attention_widths(architecture: PretrainedConfig) -> dict[int | None, int]:
     return {window: width * num_layers for window, num_layers in windows.items()}
 
 
-def work(batch: PackedBatch, shape: Shape, attention_name: str, device_type: str) -> Work:
-    """What ``batch``, on the host, puts through a model of this shape; plain numbers, for every step counts itself."""
+def work(batch: PackedBatch, multiplied: Products, attention_name: str, device_type: str) -> Work:
+    """What ``batch``, on the host, puts through a model that multiplies so; plain numbers: every step counts itself."""
     lengths = batch.cu_seqlens.diff().tolist()
     of_reference = lengths[len(lengths) - len(batch.kl_keys) :]
-    needed = {window: attention.needed_pairs(batch, window) for window in shape.attention}
+    needed = {window: attention.needed_pairs(batch, window) for window in multiplied.attention}
 
     def executed(of: list[int], pairs: dict[int | None, int]) -> dict[int | None, int]:
         """By the implementation at hand; FlexAttention alone computes what is needed and no more."""
         if attention_name == "flex":
             return pairs
         rectangle = batch.max_seqlen if attention_name == "sdpa" else None
-        return {window: attention.executed_pairs(of, window, rectangle, device_type) for window in shape.attention}
+        return {window: attention.executed_pairs(of, window, rectangle, device_type) for window in multiplied.attention}
 
     reference = None
     if batch.kl_keys:
         # Its sequences end the stream, each with a prompt of its own.
-        own = {window: attention.executed_pairs(of_reference, window, None, device_type) for window in shape.attention}
+        own = {
+            window: attention.executed_pairs(of_reference, window, None, device_type) for window in multiplied.attention
+        }
         reference = Work(
             batch.num_tokens - batch.first_kl_token, batch.num_kl_rows, own, executed(of_reference, own)
         )  # fmt: skip

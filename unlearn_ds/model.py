@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from unlearn_ds import attention, lora, ops
 from unlearn_ds.config import UsageError
 from unlearn_ds.cost.flops import ModelSize
+from unlearn_ds.cost.shapes import Shape
 from unlearn_ds.types import PackedBatch, ReferenceRows
 
 
@@ -92,6 +94,39 @@ def size(config: PretrainedConfig) -> ModelSize:
         linear - head.weight.numel(), head.weight.numel(), total,
         text.num_hidden_layers, text.hidden_size, text.vocab_size,
     )  # fmt: skip
+
+
+def shape(config: PretrainedConfig) -> Shape:
+    """Shape of an architecture, its weights counted without allocating any."""
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config)
+    text = config.get_text_config()
+    options = text.to_dict()
+    layer, outer = [], []
+    for name, parameter in whole.named_parameters():
+        found = re.match(r"(.*?\.)(\d+)\.", name)
+        if found is None:
+            outer.append(parameter.numel())
+        elif found.group(2) == "0":
+            layer.append((_place(name), parameter.numel()))
+    heads = text.num_attention_heads
+    inner = options.get("intermediate_size") or options.get("ffn_dim") or options.get("n_inner") or 4 * text.hidden_size
+    linear = [m for m in whole.modules() if isinstance(m, nn.Linear) and inner in m.weight.shape]
+    in_order = [numel for _, numel in sorted(layer, key=lambda item: item[0])]
+    return Shape(
+        hidden_size=text.hidden_size, num_layers=text.num_hidden_layers, num_heads=heads,
+        num_kv_heads=options.get("num_key_value_heads") or heads,
+        head_dim=options.get("head_dim") or text.hidden_size // heads, intermediate_size=inner,
+        vocab_size=text.vocab_size, gated=len(linear) > 2 * text.num_hidden_layers,
+        tied=bool(text.tie_word_embeddings), outer=tuple(outer), layer=tuple(in_order),
+    )  # fmt: skip
+
+
+def _place(name: str) -> int:
+    """Where in a layer a weight is used: norm, attention, norm, MLP. Modules are not registered in that order."""
+    if "norm" in name or ".ln_" in name:
+        return 0 if any(word in name for word in ("input", "ln_1", "self_attn")) else 2
+    return 1 if "attn" in name or "attention" in name else 3
 
 
 def largest_weight(config: PretrainedConfig) -> int:

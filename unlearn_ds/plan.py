@@ -3,43 +3,95 @@
 from __future__ import annotations
 
 import json
-import os
 
+from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from unlearn_ds import dist, ds_json, embedded, log, lora, workspace
-from unlearn_ds import model as models
-from unlearn_ds.config import EMBEDDED_MODEL, RunConfig, to_dict
-from unlearn_ds.cost import flops, memory
+from unlearn_ds import choose, ds_json, log, sizing
+from unlearn_ds.config import RunConfig, to_dict
+from unlearn_ds.cost import memory
+from unlearn_ds.cost.communication import Volume, communication
+from unlearn_ds.cost.memory import Plan, memory_plan
 from unlearn_ds.registry import OBJECTIVES, resolve
+from unlearn_ds.sizing import GIB, Machine
+
+WHEN = {
+    "always": "", "step": "in a step", "update": "in an update", "checkpoint": "saving", "evaluation": "evaluating",
+}  # fmt: skip
 
 
 def dry_run(config: RunConfig) -> None:
-    """Print the resolved configuration, the DeepSpeed configuration and the memory plan of one device."""
+    """Print the resolved configuration, the DeepSpeed configuration, the memory plan of a rank and its traffic."""
     disable_progress_bar()
-    values = ds_json.load(config.engine.ds_config)
-    if config.model.path == EMBEDDED_MODEL:
-        embedded.find_gguf()
-    architecture = models.load_config(embedded.locate(config.model.path), config.model.revision)
-    size = models.size(architecture)
+    ranks = sizing.machine(config)
+    values = ds_json.for_machine(ds_json.load(config.engine.ds_config), ranks.ranks_per_node, config.engine.nvme_path)
+    shape, num_adapter = sizing.shape_of(config)
+    setup = sizing.setup_of(config, shape, num_adapter, ranks)
     log.say(json.dumps(to_dict(config), indent=1))
     log.say(f"DeepSpeed configuration of the policy ({config.engine.ds_config}):")
-    log.say(json.dumps(ds_json.for_policy(values, config.optim, size.hidden_size), indent=1))
-    plan = memory_plan(config, values, size, lora.size(architecture, config.lora))
-    log.say(f"memory plan of one device of {world_size()}, {size.total / 1e6:,.1f}M parameters:")
-    for name, count in plan.items():
-        log.say(f"  {name:<50} {count / 2**30:9.2f} GiB")
-    on_device = sum(count for name, count in plan.items() if not any(w in name for w in ("host", "disk", "while")))
-    log.say(f"  {'on the device together while training':<50} {on_device / 2**30:9.2f} GiB")
-    say_reference_modes(config, values, size, lora.size(architecture, config.lora))
+    log.say(json.dumps(ds_json.for_policy(values, config.optim, shape.hidden_size), indent=1))
+    plan = memory_plan(shape, setup)
+    trained = f", {num_adapter / 1e6:,.1f}M of them in adapters trained" if num_adapter else ""
+    log.say(
+        f"memory plan of one rank of {ranks.nodes} x {ranks.ranks_per_node}, {(shape.total + num_adapter) / 1e6:,.1f}M "
+        f"parameters{trained}, up to {setup.num_tokens:,} tokens a micro-batch:"
+    )
+    say_plan(plan)
+    say_totals(plan, ranks)
+    say_communication(communication(shape, setup), ranks)
+    say_remedies(choose.remedies(config, ranks))
+    say_reference_modes(config, values, shape.size(), num_adapter, ranks.world_size)
 
 
-def say_reference_modes(config: RunConfig, values: dict, size: flops.ModelSize, num_adapter: int) -> None:
+def say_plan(plan: Plan) -> None:
+    """The plan as a table of GiB, narrow enough for 80 columns."""
+    table = Table(box=None, pad_edge=False, show_edge=False)
+    for name, align in (("what", "left"), ("device", "right"), ("host", "right"), ("disk", "right"), ("when", "left")):
+        table.add_column(name, justify=align, no_wrap=True)
+    for line in plan.lines:
+        cells = [f"{line.num_bytes / GIB:.2f}" if line.where == where else "" for where in ("device", "host", "disk")]
+        table.add_row(line.what, *cells, WHEN[line.when])
+    peaks = [f"{plan.peak(where) / GIB:.2f}" for where in ("device", "host", "disk")]
+    table.add_row("at the fullest moment of a step", *peaks, "")
+    if log.is_main():
+        log.console().print(table)
+
+
+def say_totals(plan: Plan, ranks: Machine) -> None:
+    """Each memory that is known against what the plan needs of it."""
+    known = [("a GPU", plan.peak("device"), ranks.device_bytes, memory.USABLE)]
+    known.append(("a node's host memory", plan.peak("host") * ranks.ranks_per_node, ranks.host_bytes, 0.9))
+    for name, needed, there, share in known:
+        if there is None:
+            log.say(f"{name}: {needed / GIB:,.1f} GiB needed; how much there is, is not known here")
+            continue
+        verdict = "fits" if needed <= share * there else "DOES NOT FIT"
+        log.say(f"{name}: {needed / GIB:,.1f} of {there / GIB:,.1f} GiB, of which {share:.0%} may be filled: {verdict}")
+
+
+def say_communication(volumes: tuple[Volume, ...], ranks: Machine) -> None:
+    """Traffic of a step; nothing for one rank."""
+    if volumes:
+        log.say(f"traffic of a step, whole tensors of which a rank moves {1 - 1 / ranks.world_size:.0%}:")
+    for volume in volumes:
+        size = f"{volume.num_bytes / GIB:9.2f} GiB in {volume.calls:,} calls"
+        log.say(f"  {volume.what:<36} {volume.operation:<15}{size}{' within a node' * (volume.group == 'node')}")
+
+
+def say_remedies(found: list[choose.Remedy]) -> None:
+    """What would make a plan fit, with what it would then need."""
+    if found:
+        log.say("what would help, the least costly first (GiB of a GPU, and of host memory a rank, after it):")
+    for remedy in found:
+        log.say(f"  {remedy.flags:<52}{remedy.plan.peak() / GIB:9.1f}{remedy.plan.peak('host') / GIB:9.1f}")
+
+
+def say_reference_modes(config: RunConfig, values: dict, size, num_adapter: int, world_size: int) -> None:
     """What each home of the reference would hold on a device, and when it is the right one."""
     if not any(term.loss == "kl" for term in resolve("objective", config.objective.name, OBJECTIVES)(config.objective)):
         return
     modes = memory.reference_modes(
-        size, bytes_per_weight=2 if ds_json.is_bf16(values) else 4, world_size=world_size(), num_adapter=num_adapter
+        size, bytes_per_weight=2 if ds_json.is_bf16(values) else 4, world_size=world_size, num_adapter=num_adapter
     )
     log.say(f"reference of the KL, GiB of one device (this run: {config.engine.reference}):")
     log.say(f"  {'':<10}{'device':>8}{'host':>8}{'disk':>8}  right for")
@@ -48,34 +100,3 @@ def say_reference_modes(config: RunConfig, values: dict, size: flops.ModelSize, 
         if mode.disk_per_token:
             disk = f"{mode.disk_per_token / 2**10:.0f}K/tok"
         log.say(f"  {name:<10}{device:>8}{host:>8}{disk:>8}  {mode.right_when}")
-
-
-def memory_plan(config: RunConfig, values: dict, size: flops.ModelSize, num_adapter: int = 0) -> dict[str, int]:
-    """The memory plan of a configuration, for micro-batches as long as rows are allowed to be.
-
-    num_adapter: parameters of its LoRA adapters."""
-    optim, terms = config.optim, resolve("objective", config.objective.name, OBJECTIVES)(config.objective)
-    per_term = {"forget": optim.batch_size, "retain": optim.retain_batch_size}
-    per_term["mismatch"] = optim.batch_size * config.objective.num_mismatch
-    rows = sum(per_term[term.rows] for term in terms)
-    return memory.memory_plan(
-        size, stage=ds_json.stage(values), world_size=world_size(),
-        bytes_per_weight=2 if ds_json.is_bf16(values) else 4,
-        reference=config.engine.reference if any(term.loss == "kl" for term in terms) else None,
-        num_tokens=rows * config.data.max_length, checkpointing=config.model.activation_checkpointing,
-        workspace_bytes=workspace.num_bytes(
-            config.engine.loss_workspace_mib, dist.device_type(), ds_json.is_bf16(values)
-        ),
-        offload_param=offloads(values, "offload_param"), offload_optimizer=offloads(values, "offload_optimizer"),
-        num_adapter=num_adapter,
-    )  # fmt: skip
-
-
-def offloads(values: dict, section: str) -> bool:
-    """True when the DeepSpeed configuration keeps these states outside the device."""
-    return values.get("zero_optimization", {}).get(section, {}).get("device", "none") != "none"
-
-
-def world_size() -> int:
-    """Ranks that the launcher has started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

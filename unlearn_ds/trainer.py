@@ -52,7 +52,7 @@ def unlearn(config: RunConfig, device: torch.device) -> int:
     profiler = Profiler(config.log.profile, config.log.trace, engine.device_name(), engine.synchronize)
     folder = run_folder.open_run(config, engine.versions())
     values = ds_json.load(config.engine.ds_config)
-    build.check_reference(config)
+    build.check_offload(config, values)
     scenario = resolve("scenario", config.scenario, SCENARIOS)
     stopping = build.stopping(config)
 

@@ -134,15 +134,15 @@ def measure(options: argparse.Namespace, mode: str, rank: int) -> dict:
         flags["engine.nvme_path"] = options.nvme_path or tempfile.gettempdir()
     config = arguments.parse(flags)
     check(config)
+    values = ds_json.load(config.engine.ds_config)
     try:
-        build.check_reference(config)
+        build.check_offload(config, values)
     except UsageError as error:
         return {"error": str(error)}
     path = embedded.locate(config.model.path)
     encoder = Encoder(model.load_tokenizer(path), config.data.template, config.data.system_prompt)
     data = resolve("scenario", config.scenario, SCENARIOS).load(config, encoder)
     batches = build.loader(config, encoder, data, data.forget["train"])
-    values = ds_json.load(config.engine.ds_config)
     policy = build.policy(config, path, values, device)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["UNLEARN_DS_CACHE"] = cache

@@ -49,7 +49,7 @@ def built(rank, port, folder, model, flags):
         "batch_size": 4, "learning_rate": 1e-3, "warmup_ratio": 0, **flags,
     })  # fmt: skip
     values = ds_json.load(ds_config(Path(folder), 3))
-    build.check_reference(config)
+    build.check_offload(config, values)
     data = resolve("scenario", "hallucination", SCENARIOS).load(config, encoder := Encoder(load_tokenizer(model)))
     batches = build.loader(config, encoder, data, data.forget["train"])
     policy = build.policy(config, model, values, device)

@@ -31,16 +31,39 @@ LEVELS = {
         "kernels",
     ],  # fmt: skip
     1: ["dist", "log", "ops", "cost", "attention", "stopping"],
-    2: ["heartbeat", "model", "lora", "matrices", "reference", "embedded", "drawing", "data", "objectives", "metrics"],
-    3: ["scenarios", "engine", "checkpoint", "profiler", "report", "run_folder", "generate", "preflight", "projection"],
-    4: ["evaluate", "plan", "doctor", "build", "prepare", "own_answers", "export", "comparison"],
-    5: ["loop"],
+    2: [
+        "heartbeat",
+        "optimizer",
+        "model",
+        "lora",
+        "matrices",
+        "reference",
+        "embedded",
+        "drawing",
+        "data",
+        "objectives",
+        "metrics",
+    ],
+    3: [
+        "scenarios",
+        "engine",
+        "checkpoint",
+        "profiler",
+        "report",
+        "run_folder",
+        "generate",
+        "preflight",
+        "projection",
+        "sizing",
+    ],
+    4: ["evaluate", "choose", "scaling", "build", "prepare", "own_answers", "export", "comparison"],
+    5: ["loop", "plan", "doctor"],
     6: ["memorize"],
     7: ["trainer", "throughput"],
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
 
-NEIGHBOURS = {("reference", "data.packing"), ("model", "lora"), ("matrices", "lora"), ("doctor", "plan")}
+NEIGHBOURS = {("reference", "data.packing"), ("model", "lora"), ("matrices", "lora")}
 """(room, module) of one level that may be imported all the same."""
 
 LAUNCHERS_MAY_IMPORT = {
@@ -49,6 +72,9 @@ LAUNCHERS_MAY_IMPORT = {
     "projection",
     "doctor",
     "plan",
+    "choose",
+    "sizing",
+    "scaling",
     "cost",
     "dist",
     "log",

@@ -25,8 +25,8 @@ def wheel(repository, tmp_path_factory):
 def test_what_a_run_needs_is_in_the_wheel(wheel, repository):
     names = set(zipfile.ZipFile(wheel).namelist())
     for pattern in (
-        "unlearn_ds/**/*.py", "ds_configs/*.json", "unlearn_ds/sample/*.jsonl", "unlearn_ds/sample/*.txt",
-        "unlearn_ds/*.j2",
+        "unlearn_ds/**/*.py", "ds_configs/*.json", "ds_configs/reference/*.json", "unlearn_ds/sample/*.jsonl",
+        "unlearn_ds/sample/*.txt", "unlearn_ds/*.j2",
     ):  # fmt: skip
         files = [path.relative_to(repository) for path in repository.glob(pattern)]
         assert files, pattern

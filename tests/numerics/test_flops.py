@@ -47,7 +47,7 @@ def counted(name, batch, checkpointing=False, reference="resident", rank=0, laye
         packed.enable_activation_checkpointing()
     states = packed(kl_part(batch), hidden_only=True).detach()
     weight = None if rank else model.get_output_embeddings().weight.detach().clone()
-    shape = matrices.shape(architecture, config, checkpointing)
+    shape = matrices.products(architecture, config, checkpointing)
     ours = flops.count(
         shape, matrices.work(batch, shape, "sdpa", "cpu"), checkpointing=checkpointing, reference=reference
     )
@@ -82,13 +82,13 @@ def test_lora_is_counted(name, checkpointing):
 
 def test_a_model_whose_shape_is_asked_keeps_its_attention():
     model = AutoModelForCausalLM.from_config(CONFIGS["llama"](), attn_implementation="sdpa")
-    matrices.shape(model.config, LoraConfig())
+    matrices.products(model.config, LoraConfig())
     assert model.config._attn_implementation == "sdpa"
 
 
 def test_a_shared_prompt_is_counted_once_and_the_loss_on_response_tokens_alone():
     architecture = CONFIGS["llama"]()
-    shape = matrices.shape(architecture, LoraConfig())
+    shape = matrices.products(architecture, LoraConfig())
     prompt, answers = tuple(range(3, 13)), [tuple(range(3, 8)), tuple(range(3, 7))]
     batch = pack([Placed(EncodedRow(prompt, a), i, 1.0) for i, a in enumerate(answers)], TERMS[:2], share_prompts=True)
     work = matrices.work(batch, shape, "flex", "cuda")
@@ -107,12 +107,12 @@ def test_a_shared_prompt_is_counted_once_and_the_loss_on_response_tokens_alone()
 def test_each_attention_executes_what_it_does(name, device, expected):
     rows = [EncodedRow((3,) * 2, (4,) * 2), EncodedRow((3,) * 5, (4,) * 5)]
     batch = pack([Placed(row, 0, 1.0) for row in rows], TERMS)
-    shape = matrices.shape(CONFIGS["llama"](), LoraConfig())
+    shape = matrices.products(CONFIGS["llama"](), LoraConfig())
     assert matrices.work(batch, shape, name, device).executed == {None: sum(expected)}
 
 
 def test_a_window_limits_the_pairs():
-    shape = matrices.shape(CONFIGS["gemma3"](), LoraConfig())
+    shape = matrices.products(CONFIGS["gemma3"](), LoraConfig())
     assert shape.attention == {4: 32, None: 32}
     batch = pack([Placed(EncodedRow((3,) * 5, (4,) * 5), 0, 1.0)], TERMS)
     work = matrices.work(batch, shape, "flash", "cuda")
@@ -129,7 +129,7 @@ def test_deepspeeds_profiler_counts_the_same_forward(name):
     with torch.no_grad():
         model(input_ids=torch.randint(3, VOCABULARY, (3, 17)), use_cache=False)
     profiler.stop_profile()
-    shape = matrices.shape(architecture, LoraConfig())
+    shape = matrices.products(architecture, LoraConfig())
     ours = (shape.forward + shape.head) * 3 * 17 + 2 * sum(shape.attention.values()) * 3 * 17**2
     assert ours == pytest.approx(profiler.get_total_macs(), rel=0.02)
     profiler.end_profile()

@@ -169,7 +169,8 @@ BAD = [
     ({"lora.export": "separate"}, "--lora_export needs --lora_rank above 0"),
     ({"engine.reference": "adapter"}, "--reference adapter .* needs --lora_rank above 0"),
     ({"engine.reference": "nvme"}, "--reference nvme needs --engine.nvme_path FOLDER"),
-    ({"engine.nvme_path": "."}, "--engine.nvme_path is only read by --reference nvme; .*--reference offload"),
+    ({"engine.ds_config": "zero3_nvme"}, "--ds_config zero3_nvme needs --engine.nvme_path FOLDER"),
+    ({"engine.nvme_path": "."}, "--engine.nvme_path is only read by --reference nvme and.*--reference offload"),
     ({"engine.reference": "nvme", "engine.nvme_path": "./nowhere"}, "--engine.nvme_path: no such folder: ./nowhere"),
 ]
 
@@ -192,6 +193,7 @@ def test_what_cannot_work_is_refused_with_a_sentence_that_names_the_flag(changes
         {"lora.rank": 4, "engine.reference": "adapter"},
         {"lora.rank": 4, "lora.alpha": 3.0, "lora.targets": ("q_proj",), "lora.export": "separate"},
         {"engine.reference": "nvme", "engine.nvme_path": "."},
+        {"engine.ds_config": "zero3_nvme", "engine.nvme_path": "."},
         {"optim.warmup_ratio": 0.0, "optim.gradient_clipping": 0.0, "optim.weight_decay": 0.0},
     ],
     ids=str,

@@ -3,34 +3,50 @@
 import pytest
 
 from unlearn_ds.cost import devices, flops, memory
+from unlearn_ds.cost.setup import Setup
+from unlearn_ds.cost.shapes import Shape
 
 SIZE = flops.ModelSize(body=6_000, head=1_000, total=8_000, num_layers=2, hidden_size=10, vocab_size=100)
-PLAN = {
-    "stage": 3, "world_size": 4, "bytes_per_weight": 2, "reference": "offload", "num_tokens": 100,
-    "checkpointing": False, "workspace_bytes": 5_000,
-}  # fmt: skip
+SHAPE = Shape(
+    hidden_size=10, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=5, intermediate_size=30, vocab_size=100,
+    gated=True, tied=False, outer=(1_000, 10, 1_000), layer=(10, 100, 50, 50, 100, 10, 300, 300, 300),
+)  # fmt: skip
+TOTAL = 2 * 1_220 + 2_010
+SETUP = Setup(
+    stage=3, world_size=4, ranks_per_node=2, bytes_per_weight=2, reference="offload", num_tokens=100, num_kl_tokens=50,
+    accumulation=1, checkpointing=False, workspace_bytes=5_000, reduce_bucket=500, prefetch=0, on_gpu=False,
+)  # fmt: skip
 
 
-SHAPE = flops.Shape(
+def planned(**changes):
+    return memory.memory_plan(SHAPE, SETUP._replace(**changes))
+
+
+def places(plan, what):
+    """Where the uses lie whose names begin with ``what``."""
+    return {line.where for line in plan.lines if line.what.startswith(what)}
+
+
+PRODUCTS = flops.Products(
     forward=6_000, plain=6_000, backward=12_000, recomputed=5_000, head=1_000, head_trained=True, attention={None: 20}
 )
 WORK = flops.Work(10, 3, {None: 40}, {None: 50}, num_bounded=2, reference=flops.Work(4, 1, {None: 10}, {None: 12}))
 
 
 def test_the_body_meets_every_token_and_the_head_response_tokens_only():
-    found = flops.count(SHAPE, WORK, checkpointing=False, reference=None)
+    found = flops.count(PRODUCTS, WORK, checkpointing=False, reference=None)
     assert found.model == 6 * (6_000 * 10 + 1_000 * 3) + 3 * 4 * 20 * 40
     assert found[1:] == (0, 0, 3 * 4 * 20 * 10, 2 * 1_000 * 2)
 
 
 def test_recomputation_and_the_reference_are_kept_apart_from_the_model():
-    without = flops.count(SHAPE, WORK, checkpointing=False, reference=None)
-    found = flops.count(SHAPE, WORK, checkpointing=True, reference="offload")
+    without = flops.count(PRODUCTS, WORK, checkpointing=False, reference=None)
+    found = flops.count(PRODUCTS, WORK, checkpointing=True, reference="offload")
     assert found.model == without.model
     assert found.recomputation == 2 * 5_000 * 10 + 4 * 20 * 50
     assert found.reference == 2 * 6_000 * 4 + 2 * 1_000 * 1 + 4 * 20 * 12
     assert found.hardware == sum(found) == without.hardware + found.recomputation + found.reference
-    assert flops.count(SHAPE, WORK, checkpointing=True, reference="cached").reference == 2 * 1_000 * 1
+    assert flops.count(PRODUCTS, WORK, checkpointing=True, reference="cached").reference == 2 * 1_000 * 1
 
 
 def test_the_longest_known_name_decides_and_an_unknown_device_has_no_peak():
@@ -42,62 +58,81 @@ def test_the_longest_known_name_decides_and_an_unknown_device_has_no_peak():
 
 @pytest.mark.parametrize(("stage", "shares"), [(0, (1, 1, 1)), (1, (1, 1, 4)), (2, (1, 4, 4)), (3, (4, 4, 4))])
 def test_each_stage_divides_one_more_state(stage, shares):
-    plan = memory.memory_plan(SIZE, **{**PLAN, "stage": stage})
-    states = (plan["weights"], plan["gradients"], plan["optimizer, fp32 master and two moments"])
-    assert states == (16_000 // shares[0], 16_000 // shares[1], 96_000 // shares[2])
+    plan = planned(stage=stage)
+    assert plan.of("weights") == 2 * TOTAL // shares[0]
+    assert sum(x.num_bytes for x in plan.lines if x.what == "gradients") == 2 * TOTAL // shares[1]
+    assert plan.of("optimizer") == 12 * TOTAL // shares[2]
 
 
-def test_fp32_has_no_master_copy():
-    plan = memory.memory_plan(SIZE, **{**PLAN, "bytes_per_weight": 4})
-    assert plan["optimizer, fp32 master and two moments"] == 16_000
+def test_fp32_has_no_master_copy_and_no_second_gradient():
+    plan = planned(bytes_per_weight=4)
+    assert plan.of("optimizer: two moments") == 8 * TOTAL // 4 and plan.of("gradients in fp32") == 0
 
 
-def test_checkpointing_keeps_one_seventeenth_of_the_activations():
-    kept = [memory.memory_plan(SIZE, **{**PLAN, "checkpointing": on})["activations"] for on in (False, True)]
-    assert kept == [34 * 100 * 10 * 2, 2 * 100 * 10 * 2]
+def test_checkpointing_keeps_the_input_of_each_layer_and_what_one_layer_keeps():
+    layer = memory.bytes_of_layer(SHAPE, 2)
+    assert layer == 2 * (4 * 10 + 2 * 10) + 4 * 30 * 2 + 5 * 10 * 2
+    widest = (3 * 30 + 2 * 10) * 2
+    assert planned().of("activations") == 100 * (2 * layer + widest)
+    assert planned(checkpointing=True).of("activations") == 100 * (2 * 10 * 2 + layer + widest)
 
 
-def test_what_is_offloaded_is_named_as_host_memory():
-    plan = memory.memory_plan(SIZE, **PLAN, offload_param=True, offload_optimizer=True)
-    assert {name for name in plan if "host" in name} == {
-        "weights (host memory)", "optimizer, fp32 master and two moments (host memory)", "reference (host memory)",
-    }  # fmt: skip
+def test_what_is_offloaded_lies_on_the_host_or_the_disk():
+    plan = planned(offload_param="cpu", offload_optimizer="nvme")
+    assert places(plan, "weights") == places(plan, "gradients") == {"host"}
+    assert places(plan, "optimizer") == {"disk"}
+    assert plan.peak("device") < planned().peak("device")
+
+
+def test_hpz_and_small_weights_take_room_on_the_device():
+    assert planned(hpz=2).peak() - planned().peak() == 2 * TOTAL // 2
+    assert planned(persistence=60).of("small weights") == 2 * (10 + 2 * (10 + 50 + 50 + 10))
+    assert planned(persistence=60, stage=2).of("small weights") == 0
+
+
+def test_the_peak_is_the_fuller_half_of_a_step():
+    plan = planned()
+    halves = [plan.sum("device", when) for when in ("step", "update")]
+    assert plan.peak() == plan.sum("device", "always") + max(halves) and min(halves) > 0
+    assert planned(workspace_bytes=10**9).peak() > 10**9
+    assert planned(on_gpu=True).peak() - plan.peak() == memory.CONTEXT_BYTES + memory.NCCL_BYTES
 
 
 @pytest.mark.parametrize(
-    ("mode", "keys"),
+    ("mode", "found"),
     [
-        ("offload", {"reference (host memory)", "LM head of the reference"}),
-        ("resident", {"reference", "LM head of the reference"}),
-        ("nvme", {"reference (disk)", "LM head of the reference"}),
-        ("cached", {"LM head of the reference"}),
-        (None, set()),
+        ("offload", {"host", "device"}), ("resident", {"device"}), ("nvme", {"disk", "device"}),
+        ("cached", {"device"}), (None, set()),
     ],
-)
-def test_each_reference_has_its_place(mode, keys):
-    assert {name for name in memory.memory_plan(SIZE, **{**PLAN, "reference": mode}) if "reference" in name} == keys
+)  # fmt: skip
+def test_each_reference_has_its_place_and_its_head_on_the_device(mode, found):
+    plan = planned(reference=mode)
+    assert places(plan, "reference") | places(plan, "LM head of the reference") == found
 
 
 @pytest.mark.parametrize(
-    ("mode", "keys"),
-    [("adapter", set()), ("cached", set()), ("nvme", {"reference (disk)"}), ("offload", {"reference (host memory)"})],
+    ("mode", "found"), [("adapter", set()), ("cached", set()), ("nvme", {"disk"}), ("offload", {"host"})]
 )
-def test_with_lora_no_reference_needs_a_head_of_its_own_and_the_adapter_needs_nothing(mode, keys):
-    plan = memory.memory_plan(SIZE, **{**PLAN, "reference": mode}, num_adapter=200)
-    assert {name for name in plan if "reference" in name} == keys
+def test_with_lora_no_reference_needs_a_head_of_its_own_and_the_adapter_needs_nothing(mode, found):
+    plan = planned(reference=mode, num_adapter=200)
+    assert places(plan, "reference") | places(plan, "LM head of the reference") == found
 
 
 def test_with_lora_only_adapters_have_gradients_and_optimizer_states():
-    plan = memory.memory_plan(SIZE, **{**PLAN, "stage": 0}, num_adapter=200)
-    assert plan["weights"] == (8_000 + 200) * 2
-    assert plan["gradients"] == 200 * 2
-    assert plan["optimizer, fp32 master and two moments"] == 200 * 12
-    assert plan["loss workspace"] == 5_000
-    assert plan["whole copy, while evaluating"] == 16_000
+    plan = planned(stage=0, num_adapter=200)
+    assert plan.of("weights") == (TOTAL + 200) * 2 and plan.of("optimizer") == 200 * 12
+    assert sum(x.num_bytes for x in plan.lines if x.what == "gradients") == 200 * 2
+    assert plan.of("gradient of the LM head") == 0
+    assert plan.of("whole copy") == TOTAL * 2
+
+
+def test_a_checkpoint_has_twelve_bytes_a_trained_parameter():
+    assert planned().of("a checkpoint") == 12 * TOTAL
+    assert planned(stage=2).of("a checkpoint") == 14 * TOTAL
 
 
 def test_frozen_weights_cost_no_gradient_of_their_own():
-    shape = SHAPE._replace(forward=6_200, backward=6_200 + 200, head_trained=False, attention={None: 0})
+    shape = PRODUCTS._replace(forward=6_200, backward=6_200 + 200, head_trained=False, attention={None: 0})
     counted = flops.count(shape, WORK, checkpointing=False, reference="adapter")
     assert counted.model == 4 * (6_000 * 10 + 1_000 * 3) + 6 * 200 * 10
     assert counted.reference == 2 * 6_000 * 4 + 2 * 1_000 * 1

@@ -114,17 +114,17 @@ def test_ranks_of_two_nodes_that_differ_all_leave_with_the_difference(config, mo
 
 
 @pytest.mark.slow
-def test_the_memory_plan_is_that_of_the_dry_run(tiny_model_dir, config, monkeypatch, capsys):
+def test_the_memory_plan_is_that_of_the_dry_run(tiny_model_dir, config, monkeypatch):
     """Slow for the libraries that it imports."""
-    from unlearn_ds import plan
+    from unlearn_ds import sizing
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     of_model = replace(config, **{"model.path": str(tiny_model_dir), "engine.ds_config": "zero3"})
-    found = doctor.planned(of_model)
+    found = doctor.planned(of_model, {"model.path", "engine.ds_config"})
+    plan = sizing.plan_of(of_model, sizing.machine(of_model))
     assert 0 < found.device_states < found.device and found.host > 0 and not found.missing
-    plan.dry_run(of_model)
-    assert f"{found.device / 2**30:.2f} GiB" in capsys.readouterr().out
-    assert "not on this machine" in doctor.planned(config).missing
+    assert (found.device, found.host) == (plan.peak("device"), plan.peak("host"))
+    assert "not on this machine" in doctor.planned(config, set()).missing
 
 
 def test_the_help_names_every_flag_of_its_own():

@@ -207,3 +207,66 @@ def test_the_keys_that_we_know_are_keys_of_the_installed_deepspeed():
 def test_steps_that_are_not_finite_are_looked_for_in_bf16_whatever_the_json_says():
     values = {"bf16": {"enabled": True}}
     assert ds_json.for_policy(values, OptimConfig(), 64)["bf16"]["check_grad_overflow"] is True
+
+
+# Configurations at scale
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_installed_deepspeed_takes_every_shipped_configuration(name, tmp_path):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    values = ds_json.for_machine(ds_json.load(name), ranks_per_node=8, nvme_path=str(tmp_path))
+    loaded = DeepSpeedConfig(ds_json.for_policy(values, OPTIM, hidden_size=4096))
+    zero = loaded.zero_config
+    assert loaded.zero_optimization_stage == ds_json.stage(values)
+    assert zero.zero_hpz_partition_size == (8 if name == "zero3_hpz" else 1)
+    for section, offload in (("offload_param", zero.offload_param), ("offload_optimizer", zero.offload_optimizer)):
+        assert ("none" if offload is None else offload.device) == ds_json.offloads(values, section)
+        assert offload is None or offload.pin_memory
+        assert ds_json.offloads(values, section) != "nvme" or str(offload.nvme_path) == str(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["resident", "offload", "nvme"])
+def test_the_installed_deepspeed_takes_the_configurations_of_the_reference(mode, tmp_path):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    merged = ds_json.for_reference(ds_json.load("zero2"), mode, 4096, str(tmp_path), largest=1000)
+    assert DeepSpeedConfig(merged).zero_config.prefetch_bucket_size == 0
+
+
+def test_what_the_machine_knows_is_filled_in_and_the_file_stays_as_it_was():
+    values = ds_json.load("zero3_hpz")
+    filled = ds_json.for_machine(values, ranks_per_node=4)
+    assert filled["zero_optimization"]["zero_hpz_partition_size"] == 4
+    assert values["zero_optimization"]["zero_hpz_partition_size"] == ds_json.RANKS_PER_NODE
+    own = {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}
+    assert ds_json.for_machine(own, ranks_per_node=4) == own
+    assert ds_json.uses_disk(ds_json.load("zero3_nvme")) and not ds_json.uses_disk(ds_json.load("zero3_offload"))
+
+
+def test_quantised_traffic_is_off_in_every_shipped_configuration():
+    for name in SHIPPED:
+        zero = ds_json.load(name).get("zero_optimization", {})
+        assert not zero.get("zero_quantized_weights") and not zero.get("zero_quantized_gradients")
+
+
+@pytest.mark.parametrize(("hidden_size", "expected"), [(64, 500_000), (4096, 12 * 4096**2), (8192, 500_000_000)])
+def test_buckets_below_stage_3_hold_a_layer_within_limits(hidden_size, expected):
+    zero = ds_json.for_policy(ds_json.load("zero2"), OPTIM, hidden_size)["zero_optimization"]
+    assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == expected
+
+
+@pytest.mark.parametrize(
+    ("zero", "said"),
+    [
+        ({"stage": 0, "offload_optimizer": {"device": "cpu"}}, "needs stage 1, 2 or 3; this file has 0"),
+        ({"stage": 2, "offload_optimizer": {"device": "nvme"}}, "an optimizer on disk needs stage 3"),
+        ({"stage": 3, "zero_hpz_partition_size": "many"}, "takes \"ranks_per_node\" or a number; got 'many'"),
+        ({"stage": 3, "zero_hpz_partition_size": 0}, 'takes "ranks_per_node" or a number; got 0'),
+        ({"stage": 2, "zero_hpz_partition_size": 8}, "zero_hpz_partition_size' needs stage 3"),
+    ],
+)
+def test_what_a_stage_cannot_honour_is_refused(zero, said):
+    with pytest.raises(UsageError, match=said):
+        ds_json.check({"zero_optimization": zero}, "mine.json")

@@ -19,7 +19,7 @@ class ModelSize(NamedTuple):
     vocab_size: int
 
 
-class Shape(NamedTuple):
+class Products(NamedTuple):
     """What a model multiplies, in matrix elements: each costs a token 2 FLOPs a product.
 
     forward: elements that every token meets, LoRA adapters included. plain: those without adapters. backward: elements
@@ -73,31 +73,31 @@ class Flops(NamedTuple):
         return sum(self)
 
 
-def count(shape: Shape, work: Work, *, checkpointing: bool, reference: str | None) -> Flops:
+def count(products: Products, work: Work, *, checkpointing: bool, reference: str | None) -> Flops:
     """FLOPs of one batch: forward and backward of the policy, and the reference.
 
     Products with weights and with keys and values count 2 FLOPs a multiplication and addition; norms, activations and
     the optimizer are left out, as is usual (PaLM, arXiv 2204.02311, appendix B). Embeddings are looked up and free.
 
-    checkpointing: of activations. Once for each layer's attention and ``shape.recomputed``. reference: a mode of
+    checkpointing: of activations. Once for each layer's attention and ``products.recomputed``. reference: a mode of
     ``--reference``; "cached" multiplies with the LM head alone, None (no KL term) does nothing.
     """
-    head = 2.0 * shape.head * work.num_response_tokens
-    linear = 2.0 * (shape.forward + shape.backward) * work.num_tokens + head * (3 if shape.head_trained else 2)
-    attention, executed = _attention(shape, work.pairs), _attention(shape, work.executed)
-    again = 2.0 * shape.recomputed * work.num_tokens + executed if checkpointing else 0.0
+    head = 2.0 * products.head * work.num_response_tokens
+    linear = 2.0 * (products.forward + products.backward) * work.num_tokens + head * (3 if products.head_trained else 2)
+    attention, executed = _attention(products, work.pairs), _attention(products, work.executed)
+    again = 2.0 * products.recomputed * work.num_tokens + executed if checkpointing else 0.0
     other = work.reference
     frozen = 0.0
     if other is not None and reference is not None:
-        frozen = 2.0 * shape.head * other.num_response_tokens
+        frozen = 2.0 * products.head * other.num_response_tokens
         if reference != "cached":
-            frozen += 2.0 * shape.plain * other.num_tokens + _attention(shape, other.executed)
+            frozen += 2.0 * products.plain * other.num_tokens + _attention(products, other.executed)
     # Backward of a product of two activations is two products.
     return Flops(
-        linear + 3.0 * attention, again, frozen, 3.0 * (executed - attention), 2.0 * shape.head * work.num_bounded
+        linear + 3.0 * attention, again, frozen, 3.0 * (executed - attention), 2.0 * products.head * work.num_bounded
     )
 
 
-def _attention(shape: Shape, pairs: Mapping[int | None, int]) -> float:
+def _attention(products: Products, pairs: Mapping[int | None, int]) -> float:
     """Forward FLOPs of scores and of the sums they weight: two products a pair."""
-    return sum(4.0 * width * pairs[window] for window, width in shape.attention.items())
+    return sum(4.0 * width * pairs[window] for window, width in products.attention.items())

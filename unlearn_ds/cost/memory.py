@@ -5,45 +5,157 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from unlearn_ds.cost.flops import ModelSize
+from unlearn_ds.cost.gathers import gathers
+from unlearn_ds.cost.setup import Setup
+from unlearn_ds.cost.shapes import Shape
+
+CONTEXT_BYTES = 2**30 * 6 // 10
+"""CUDA's context and its libraries' handles on a device (0.5 to 0.9 GB were reported with torch 2)."""
+NCCL_BYTES = 2**30
+"""Channels and buffers of NCCL with several communicators (1 to 2 GB); nothing for one rank."""
+USABLE = 0.92
+"""Share of a device's memory that a plan may fill: the allocator's blocks do not close up."""
 
 
-def memory_plan(
-    size: ModelSize, *, stage: int, world_size: int, bytes_per_weight: int, reference: str | None,
-    num_tokens: int, checkpointing: bool, workspace_bytes: int, offload_param: bool = False,
-    offload_optimizer: bool = False, num_adapter: int = 0,
-) -> dict[str, int]:  # fmt: skip
-    """Bytes on one device by use, before the first step. An estimate: allocators and libraries add to it.
+class Line(NamedTuple):
+    """One use of memory of a rank. where: "device", "host" or "disk". when: "always", during the "step" (forward and
+    backward), the "update" of the weights, a "checkpoint", or "evaluation" where a whole copy fits."""
 
-    ZeRO divides optimizer states from stage 1, gradients from 2, weights from 3. With ``num_adapter`` parameters of
-    LoRA adapters only these have gradients and optimizer states, and the LM head, being frozen, serves the reference
-    too. An ``adapter`` reference takes nothing, a ``cached`` one keeps only its LM head, an ``nvme`` one lives on disk,
-    an ``offload``ed one in host memory, and so do weights and optimizer states that the JSON offloads.
-    Activations: about 2 bytes x hidden x layers a token with
-    checkpointing, 34 without (Korthikanti et al., arXiv 2205.05198).
+    what: str
+    num_bytes: int
+    where: str = "device"
+    when: str = "always"
+
+
+class Plan(NamedTuple):
+    """What one rank holds."""
+
+    lines: tuple[Line, ...]
+
+    def sum(self, where: str, when: str) -> int:
+        return sum(line.num_bytes for line in self.lines if (line.where, line.when) == (where, when))
+
+    def peak(self, where: str = "device") -> int:
+        """Bytes at the fullest moment of a step: what always lies there, and the fuller of its two halves."""
+        return self.sum(where, "always") + max(self.sum(where, "step"), self.sum(where, "update"))
+
+    def of(self, what: str) -> int:
+        """Bytes of the lines whose name begins with ``what``."""
+        return sum(line.num_bytes for line in self.lines if line.what.startswith(what))
+
+
+def memory_plan(shape: Shape, setup: Setup) -> Plan:
+    """What a rank holds of the model ``shape`` under ``setup``; tests compare the sum with measured peaks.
+
+    ZeRO divides optimizer states from stage 1, gradients from 2, weights from 3 (arXiv 1910.02054). With adapters only
+    these have gradients and optimizer states, and the LM head, being frozen, serves the reference too.
     """
-    shard = [max(1, world_size) if stage >= least else 1 for least in (3, 2, 1)]
-    mixed = bytes_per_weight < 4
-    factor = 2 if checkpointing else 34
-    on_host = [" (host memory)" if offloaded else "" for offloaded in (offload_param, offload_optimizer)]
-    trained = num_adapter or size.total
-    plan = {
-        f"weights{on_host[0]}": (size.total + num_adapter) * bytes_per_weight // shard[0],
-        "gradients": trained * bytes_per_weight // shard[1],
-        f"optimizer, fp32 master and two moments{on_host[1]}": trained * (12 if mixed else 8) // shard[2],
-        "activations": factor * num_tokens * size.hidden_size * size.num_layers * bytes_per_weight // 2,
-    }
-    if num_adapter:
-        plan["loss workspace"] = workspace_bytes
+    lines = [*_states(shape, setup), *_reference(shape, setup), *_step(shape, setup), *_update(shape, setup)]
+    lines += _files(shape, setup)
+    if setup.on_gpu:
+        lines.append(Line("CUDA context and NCCL", CONTEXT_BYTES + NCCL_BYTES * (setup.world_size > 1)))
+    return Plan(tuple(line for line in lines if line.num_bytes))
+
+
+def _home(offload: str) -> str:
+    return {"none": "device", "cpu": "host", "nvme": "disk"}[offload]
+
+
+def _states(shape: Shape, setup: Setup) -> list[Line]:
+    width, trained = setup.bytes_per_weight, setup.trained(shape)
+    whole = (shape.total + setup.num_adapter) * width
+    on_device = "device" if setup.offload_optimizer == "none" else "host"
+    lines = [
+        Line("weights", whole // setup.divided(3), _home(setup.offload_param)),
+        Line("small weights, whole on each rank", setup.persistent(shape) * width),
+        Line("gradients", trained * width // setup.divided(2), on_device),
+        Line(
+            "optimizer: fp32 master and two moments" if setup.mixed else "optimizer: two moments",
+            trained * (12 if setup.mixed else 8) // setup.divided(1), _home(setup.offload_optimizer),
+        ),
+    ]  # fmt: skip
+    if setup.hpz > 1:
+        lines.append(Line("weights, second copy within a node", whole // setup.hpz))
+    if setup.offload_optimizer == "cpu":
+        lines.append(Line("gradients in fp32", trained * 4 // setup.divided(1), "host"))
+    if setup.offload_optimizer == "nvme":
+        # Master weights, two moments and the gradient of one sub-group wait in pinned buffers.
+        lines.append(Line("buffers of the disk", 16 * min(setup.sub_group, trained // setup.divided(1)), "host"))
+        lines.append(Line("gradients in fp32", trained * 4 // setup.divided(1), "host"))
+    return lines
+
+
+def _reference(shape: Shape, setup: Setup) -> list[Line]:
+    if setup.reference is None:
+        return []
+    where = {"resident": "device", "offload": "host", "nvme": "disk"}.get(setup.reference)
+    lines = []
+    if where:
+        lines.append(Line("reference", shape.total * setup.bytes_per_weight // max(1, setup.world_size), where))
+    if setup.reference != "adapter" and not setup.num_adapter:
+        lines.append(Line("LM head of the reference", shape.head * setup.bytes_per_weight))
+    return lines
+
+
+def bytes_of_layer(shape: Shape, bytes_per_weight: int) -> int:
+    """Bytes that one layer keeps for backward of each token: inputs of its products, norms and activation function.
+
+    transformers' norms compute in fp32: an RMS norm keeps its input and its output so, and in mixed precision both
+    exist in the compute precision too. Attention keeps queries, keys and values, with heads of keys repeated, and its
+    output. Korthikanti et al. (arXiv 2205.05198) count 34 bytes x hidden for two-byte GELU layers with dropout.
+    """
+    hidden, inner, width = shape.hidden_size, shape.intermediate_size, bytes_per_weight
+    query = shape.num_heads * shape.head_dim
+    if shape.gated:
+        norms = 2 * (4 * hidden + width * hidden) + (2 * width * hidden if width == 4 else 0)
+        mlp = 4 * inner * width
     else:
-        plan["loss workspace and LM head gradient"] = workspace_bytes + size.head * (4 + bytes_per_weight)
-    if reference and not num_adapter:
-        plan["LM head of the reference"] = size.head * bytes_per_weight
-    place = {"resident": "reference", "offload": "reference (host memory)", "nvme": "reference (disk)"}
-    if reference in place:
-        plan[place[reference]] = size.total * bytes_per_weight // max(1, world_size)
-    if stage == 3 or num_adapter:
-        plan["whole copy, while evaluating"] = size.total * bytes_per_weight
-    return plan
+        norms = 2 * 2 * width * hidden
+        mlp = 2 * inner * width
+    attention = (4 * query + hidden) * width
+    return norms + mlp + attention
+
+
+def _step(shape: Shape, setup: Setup) -> list[Line]:
+    width, tokens = setup.bytes_per_weight, setup.num_tokens
+    layer, hidden = bytes_of_layer(shape, width) * tokens, shape.hidden_size * tokens
+    kept = shape.num_layers * hidden * width + layer if setup.checkpointing else shape.num_layers * layer
+    # Gradients of a layer's widest parts exist beside what it keeps.
+    kept += (3 * shape.intermediate_size + 2 * shape.hidden_size) * tokens * width
+    lines = [Line("activations", kept, when="step")]
+    head = shape.head * (width + 4 * setup.mixed) * (not setup.num_adapter)
+    lines.append(Line("loss workspace", setup.workspace_bytes + 4 * hidden, when="step"))
+    lines.append(Line("gradient of the LM head", head, when="step"))
+    if setup.stage == 3:
+        # Prefetched ones among them: they are there long before their module, up to ``max_live``.
+        lines.append(Line("live gathered weights", gathers(shape, setup).most * width, when="step"))
+    bucket = max(setup.reduce_bucket, shape.largest if not setup.num_adapter else 0)
+    copies = 1 + 1 / max(1, setup.world_size) if setup.stage == 3 else 1
+    lines.append(Line("bucket: reduce", int(bucket * copies) * width + setup.reduce_bucket * width, when="step"))
+    return lines
+
+
+def _update(shape: Shape, setup: Setup) -> list[Line]:
+    trained, lines = setup.trained(shape), []
+    if setup.mixed and setup.offload_optimizer == "none":
+        share = trained // setup.divided(1)
+        lines.append(
+            Line("gradients in fp32", 4 * min(share, setup.sub_group) if setup.stage == 3 else 4 * share, when="update")
+        )
+    if setup.stage in (1, 2):
+        lines.append(Line("bucket: all-gather", setup.gather_bucket * setup.bytes_per_weight, when="update"))
+    return lines
+
+
+def _files(shape: Shape, setup: Setup) -> list[Line]:
+    width, trained = setup.bytes_per_weight, setup.trained(shape)
+    states = 12 * trained  # in fp32 the weights themselves take the place of the master copy
+    weights = 0 if setup.stage == 3 else (setup.num_adapter or shape.total) * width
+    return [
+        Line("a checkpoint, all ranks together", states + weights, "disk", "checkpoint"),
+        Line("the exported model", shape.total * width, "disk", "checkpoint"),
+        Line("whole copy", shape.total * width * (setup.stage == 3 or setup.num_adapter > 0), when="evaluation"),
+    ]
 
 
 class ReferenceMode(NamedTuple):
