@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from unlearn_ds import arguments, checks, config, ds_json, studies
+from unlearn_ds.exit_codes import FINISHED, USAGE
 
-FINISHED, USAGE = 0, 2
 TRAIN = Path(__file__).with_name("train.py")
 OWN = ("output_dir", "dry_run", "resume", "checkpoint.resume")
 """Flags of ``train.py`` that mean the study here; an interrupted variant goes on without being asked."""

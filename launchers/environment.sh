@@ -9,7 +9,7 @@ export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # torch warns of hosts without a reverse name, on every connection.
 export TORCH_CPP_LOG_LEVEL="${TORCH_CPP_LOG_LEVEL:-ERROR}"
 # Packed batches have another length at every step, which splits the blocks of a fixed-size allocator.
-export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+[[ -n ${PYTORCH_CUDA_ALLOC_CONF:-} ]] || export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 cores=$(nproc)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores < 8 ? cores : 8))}"
 # Compilers lock and rename files in their caches: a local disk, one folder a user.
@@ -22,6 +22,7 @@ FORWARDED=(
   MASTER_ADDR MASTER_PORT NNODES GPUS_PER_NODE DS_ACCELERATOR CUDA_HOME CUDA_DEVICE_MAX_CONNECTIONS
   NCCL_ GLOO_ UCX_ FI_ TORCH_ PYTORCH_ TORCHINDUCTOR_ TRITON_ OMP_ MKL_ DS_BUILD_ DEEPSPEED_
   HF_ HUGGING_FACE_ TRANSFORMERS_ TOKENIZERS_ UNLEARN_DS_ WANDB_ http_proxy https_proxy no_proxy
+  HTTP_PROXY HTTPS_PROXY NO_PROXY
 )
 # For the doctor, which tells what else is set and would not arrive.
 export UNLEARN_DS_FORWARDED="${FORWARDED[*]}"
@@ -66,4 +67,5 @@ for folder in "$HOME" .; do
 done
 
 LAUNCHERS="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
-PYTHON="${PYTHON:-python}"
+# Its path, for machines whose login shell knows no Python, or another.
+PYTHON="$(command -v "${PYTHON:-python}")" || fail "no ${PYTHON:-python} on the path: activate the environment first"

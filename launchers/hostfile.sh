@@ -21,19 +21,22 @@ if [[ ${UNLEARN_DS_DOCTOR:-on} != off ]]; then
   "$PYTHON" -m unlearn_ds.doctor --hostfile "$HOSTFILE" --master_port "$MASTER_PORT" "$@"
 fi
 
-# pdsh replaces %-signs and the shells on both sides split words: what runs on a node travels encoded.
-PID_FILE="${TMPDIR:-/tmp}/unlearn_ds-$(uname -n)-$$.pid"
+# pdsh replaces %-signs and the shells on both sides split words: what runs on a node travels encoded. TMPDIR may not be
+# there on every node.
+PREFIX="/tmp/unlearn_ds-$(uname -n)-$$"
 on_node=$(
   while IFS= read -r name; do printf 'export %s=%q\n' "$name" "${!name}"; done < <(forwarded_names)
-  printf 'export UNLEARN_DS_PID_FILE=%q PYTHON=%q\n' "$PID_FILE" "$PYTHON"
-  printf 'cd %q\nexec bash %q' "$PWD" "$LAUNCHERS/no_ssh.sh"
-  printf ' %q' "$HOSTFILE" "$@"
+  printf 'export UNLEARN_DS_PID_FILE=%q PYTHON=%q\n' "$PREFIX.pid" "$PYTHON"
+  printf 'printf %%s %q > %q\n' "$(< "$HOSTFILE")" "$PREFIX.hosts"
+  printf 'cd %q\nbash %q' "$PWD" "$LAUNCHERS/no_ssh.sh"
+  printf ' %q' "$PREFIX.hosts" "$@"
+  printf '\ncode=$?\nrm -f %q\nexit $code' "$PREFIX.hosts"
 )
 on_every_node() {
   local IFS=,
   pdsh -R ssh -S -f "${#HOSTS[@]}" -w "${HOSTS[*]}" "$1"
 }
-stop() { on_every_node "kill -USR1 \$(cat $(printf %q "$PID_FILE")) 2> /dev/null" || true; }
+stop() { on_every_node "kill -USR1 \$(cat $(printf %q "$PREFIX.pid")) 2> /dev/null" || true; }
 
 # A session of its own: pdsh answers Ctrl-C with questions, and would leave the nodes to themselves.
 setsid bash -c "$(declare -f on_every_node); HOSTS=(${HOSTS[*]}); on_every_node \"\$1\"" _ \

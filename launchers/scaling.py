@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 
 from unlearn_ds import config
-
-USAGE = 2
+from unlearn_ds.exit_codes import USAGE
 
 
 def main(

@@ -13,14 +13,19 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from unlearn_ds import ranks
+import psutil
 
-FINISHED, FAILED, USAGE, DIVERGED, STOPPED, LOST = 0, 1, 2, 3, 75, 76
+from unlearn_ds import ranks
+from unlearn_ds.exit_codes import DIVERGED, FAILED, FINISHED, LOST, STOPPED, USAGE
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 POLL_SECONDS = 0.5
+PATIENCE = 5.0
+"""Seconds after a first signal from which on another one ends everything at once."""
 PID_FILE = "UNLEARN_DS_PID_FILE"
 """Where the number of this process is written, for a launcher on another machine that wants to signal it."""
 
@@ -31,7 +36,7 @@ def exit_code(command: int, codes: Sequence[int], num_started: int) -> int:
     A mistake of the user's or a divergence is every rank's and decides; an error of a single rank comes before the
     others' loss of it; a rank that left nothing was killed.
     """
-    if command == FINISHED:
+    if command == FINISHED and list(codes) == [FINISHED] * num_started:
         return FINISHED
     for code in (USAGE, DIVERGED, FAILED):
         if code in codes:
@@ -65,33 +70,63 @@ def signal_ranks(folder: Path) -> None:
 
 def supervise(command: Sequence[str], ranks_elsewhere: bool) -> int:
     """Run ``command`` to its end and return the exit code of the run."""
-    asked: list[int] = []
+    asked: list[float] = []
     for number in STOP_SIGNALS:
-        signal.signal(number, lambda number, _frame: asked.append(number))
-    # Launchers die of SIGUSR1. Children inherit that it is ignored, and ranks set a handler of their own.
-    noted = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(number, lambda *_: asked.append(time.monotonic()))
+    # Launchers die of SIGUSR1, and torchrun of the SIGTERM that it is told to leave alone. Children inherit that a
+    # signal is ignored; ranks, and launchers that want one, set a handler.
+    noted = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGUSR1, signal.SIGTERM)}
     with tempfile.TemporaryDirectory(prefix="unlearn_ds-") as name:
         folder, environment = Path(name), dict(os.environ)
         if not ranks_elsewhere:
             environment[ranks.STATUS] = name
         # A session of its own: Ctrl-C reaches this process alone, and the launcher stays to wait for its ranks.
         child = subprocess.Popen(command, env=environment, start_new_session=True)
-        signal.signal(signal.SIGUSR1, noted)
-        handed_on = 0
-        while True:
-            try:
-                returned = child.wait(POLL_SECONDS)
-                break
-            except subprocess.TimeoutExpired:
-                if ranks_elsewhere and len(asked) > handed_on:
-                    child.send_signal(signal.SIGUSR1)
-                    handed_on = len(asked)
-                elif asked and not ranks_elsewhere:
-                    # Again and again: a rank that is still importing its libraries ignores it.
-                    signal_ranks(folder)
+        for number, handler in noted.items():
+            signal.signal(number, handler)
+        returned = wait(child, asked, None if ranks_elsewhere else folder)
         if ranks_elsewhere:
             return known(returned)
         return exit_code(returned, read(folder, "code"), len(read(folder, "pid")))
+
+
+def wait(child: subprocess.Popen[bytes], asked: Sequence[float], folder: Path | None) -> int:
+    """Wait for a launcher, handing on what it or its ranks were ``asked``; returns its exit code.
+
+    asked: times of signals so far. folder: where ranks of this node leave their numbers; None where they are elsewhere.
+    """
+    handed_on = False
+    while True:
+        try:
+            return child.wait(POLL_SECONDS)
+        except subprocess.TimeoutExpired:
+            if not asked:
+                continue
+        if asked[-1] - asked[0] > PATIENCE:
+            kill_tree(child.pid)
+        elif folder is None:
+            if not handed_on:
+                child.send_signal(signal.SIGUSR1)
+            handed_on = True
+        elif read(folder, "pid"):
+            # Again and again: a rank that is still importing its libraries ignores it.
+            signal_ranks(folder)
+        else:  # it waits for other nodes, and there is nothing to save
+            kill_tree(child.pid)
+
+
+def kill_tree(pid: int) -> None:
+    """End a process and all that it has started."""
+    try:
+        parent = psutil.Process(pid)
+        tree = [parent, *parent.children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for process in tree:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            continue
 
 
 def run(command: Sequence[str], ranks_elsewhere: bool) -> int:

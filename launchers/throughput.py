@@ -6,13 +6,11 @@ without a model.
 
 from __future__ import annotations
 
-import os
 import sys
 
-from unlearn_ds import arguments, checks, config, ds_json
+from unlearn_ds import command, config
 from unlearn_ds.cost import devices, rlhf
 
-FINISHED, USAGE = 0, 2
 HELP = """usage: deepspeed launchers/throughput.py --scenario hallucination [--flag value ...]
 
   --steps N           optimizer steps to take; the first ones are not counted [8]
@@ -45,32 +43,15 @@ def main(
 
         projection.print_table(device or "A100-80G") if str(table).lower() == "true" else projection.print_calibration()
         return
-    run = arguments.parse({"output_dir": "runs/throughput", **flags})
-    checks.check(run)
-    if run.engine.ds_config != "auto":
-        ds_json.load(run.engine.ds_config)
-    # torch and what stands on it take seconds to import: not before the flags are known to be right.
-    from unlearn_ds import dist, log
-
-    if not run.log.verbose:
-        log.quiet()
-    run = arguments.for_machine(run, dist.computes_bf16())
-    from unlearn_ds import throughput
+    run = command.configured({"output_dir": "runs/throughput", **flags})
+    from unlearn_ds import dist, throughput
 
     throughput.main(run, int(steps), against, device, int(num_devices))
     dist.shutdown()
 
 
 if __name__ == "__main__":
-    import fire
-
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(HELP.format(names=", ".join(rlhf.DENOMINATORS), devices=", ".join(devices.MEMORY_TB_PER_SECOND)))
-        sys.exit(FINISHED)
-    try:
-        # Values stay text until the type of their knob is known, as in train.py.
-        fire.Fire(fire.decorators.SetParseFn(str)(main))
-    except config.UsageError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once for all ranks of a machine
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(USAGE)
+    else:
+        command.run(main)

@@ -11,7 +11,13 @@ MASTER_ADDR="${MASTER_ADDR:-${PET_MASTER_ADDR:-}}"
 MASTER_PORT="${MASTER_PORT:-${PET_MASTER_PORT:-29500}}"
 GPUS_PER_NODE="${GPUS_PER_NODE:-${PET_NPROC_PER_NODE:-}}"
 if [[ -z $GPUS_PER_NODE || $GPUS_PER_NODE == auto || $GPUS_PER_NODE == gpu ]]; then
-  GPUS_PER_NODE=$(nvidia-smi --list-gpus 2>/dev/null | wc -l || true)
+  if [[ ${DS_ACCELERATOR:-} == cpu ]]; then
+    GPUS_PER_NODE=1
+  elif [[ -n ${CUDA_VISIBLE_DEVICES:-} ]]; then
+    GPUS_PER_NODE=$(awk -F, '{ print NF }' <<< "$CUDA_VISIBLE_DEVICES")
+  else
+    GPUS_PER_NODE=$(nvidia-smi --list-gpus 2> /dev/null | wc -l || true)
+  fi
   ((GPUS_PER_NODE > 0)) || GPUS_PER_NODE=1
 fi
 if ((NNODES > 1)) && [[ -z $MASTER_ADDR ]]; then
@@ -20,7 +26,8 @@ fi
 # Kubeflow's names for what the command line says: torchrun would read both.
 unset "${!PET_@}"
 
+# Slurm and Kubernetes may send SIGTERM to every process of a node: torchrun would kill its ranks while they save.
 exec "$PYTHON" "$LAUNCHERS/supervise.py" "$PYTHON" -m torch.distributed.run \
   --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$GPUS_PER_NODE" \
-  --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$MASTER_PORT" --max_restarts 0 \
+  --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$MASTER_PORT" --max_restarts 0 --signals_to_handle SIGQUIT \
   "$LAUNCHERS/train.py" "$@"

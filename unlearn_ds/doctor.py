@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 from unlearn_ds import arguments, ds_json, ranks, versions
 from unlearn_ds.config import RunConfig, UsageError
+from unlearn_ds.exit_codes import FINISHED, USAGE
 from unlearn_ds.preflight import compare, files, hostfile, network, node, remote, table
 from unlearn_ds.preflight.compare import MemoryPlan
 from unlearn_ds.preflight.findings import Finding, Subject, go_through, of_this_rank, worst
 from unlearn_ds.registry import LAUNCH_CHECKS, QUICK_CHECKS
 
-FINE, STOPPED = 0, 2
 BETWEEN = "\n       "
 """Of problems, which stand below each other behind "error: "."""
 BEFORE_MEETING = {"stale locks", "port"}
@@ -106,8 +106,9 @@ def examine_nodes(config: RunConfig, flags: dict[str, Any], options: Options) ->
     """Examine the hosts of a hostfile over ssh; without one, or with one host alone, this machine."""
     hosts = hostfile.read(options.hostfile) if options.hostfile else {}
     hosts = hostfile.chosen(hosts, options.include, options.exclude) if hosts else {socket.gethostname(): 0}
-    by_ssh, ssh_port = len(hosts) > 1, options.port("ssh_port")
-    places = [remote.Place(name, by_ssh, ssh_port) for name in hosts]
+    ssh_port, here = options.port("ssh_port"), (socket.gethostname(), "localhost", "127.0.0.1")
+    # A single host may still be another machine than this one.
+    places = [remote.Place(name, len(hosts) > 1 or name not in here, ssh_port) for name in hosts]
     master = options.master_addr or os.environ.get("MASTER_ADDR")
     port = options.port("master_port") or (network.DEFAULT_PORT if options.hostfile else None)
     order = remote.Order(flags, places, list(hosts.values()), master, port)
@@ -137,10 +138,10 @@ def examine_ranks(config: RunConfig, flags: dict[str, Any], options: Options, be
         if report:
             told = [problem._replace(check="process group", node=subject.node)]
             _show(_result(subject, told, [report], plan, None), options, time.monotonic() - began)
-        return STOPPED
+        return USAGE
     subject, reports = group.gather(subject, report)
     measured = group.bandwidth()._asdict() if options.on("bandwidth", default=True) else None
-    code = FINE
+    code = FINISHED
     if planning:
         result = _result(subject, [], reports, _finish_plan(planning), measured)
         code = _exit_code(result)
@@ -165,7 +166,7 @@ def _result(
 
 
 def _exit_code(result: Result) -> int:
-    return STOPPED if worst(result.findings) == "fail" else FINE
+    return USAGE if worst(result.findings) == "fail" else FINISHED
 
 
 def _show(result: Result, options: Options, seconds: float) -> None:
@@ -228,9 +229,12 @@ def planned(config: RunConfig, given: set[str]) -> MemoryPlan:
     if files.model_folder(config) is None and shapes.public(config.model.path) is None:
         return MemoryPlan(missing="the model is not on this machine yet")
     ranks = sizing.machine(config)
+    if choose.wanted(config) and ranks.device_bytes is None:
+        return MemoryPlan(missing="no GPU on this machine to plan for; --gpu_memory GiB tells that of the nodes")
     config = arguments.for_machine(choose.resolved(config, given, ranks), dist.computes_bf16())
     plan = sizing.plan_of(config, ranks)
-    states = sum(plan.of(what) for what in ("weights", "gradients", "optimizer", "reference"))
+    kept = ("weights", "gradients", "optimizer", "reference")
+    states = sum(line.num_bytes for line in plan.lines if line.where == "device" and line.what.startswith(kept))
     return MemoryPlan(states, plan.peak("device"), plan.peak("host"))
 
 
@@ -317,4 +321,4 @@ if __name__ == "__main__":
         except UsageError as problem:
             if os.environ.get("LOCAL_RANK", "0") == "0":  # once for all ranks of a machine
                 print(f"error: {problem}", file=sys.stderr)
-            sys.exit(STOPPED)
+            sys.exit(USAGE)

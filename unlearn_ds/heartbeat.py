@@ -19,9 +19,7 @@ import torch.distributed as torch_dist
 
 from unlearn_ds import dist, ranks
 from unlearn_ds.config import UsageError
-
-LOST, USAGE = 76, 2
-"""Exit codes of a run that lost a rank, and of one where a rank found a mistake that is the user's to mend."""
+from unlearn_ds.exit_codes import FAILED, LOST, USAGE
 
 _DONE = b"done"
 
@@ -36,8 +34,9 @@ class Heartbeat:
     def __init__(self, seconds: int):
         self.seconds, self._interval = seconds, max(0.2, seconds / 6)
         self._watched = (dist.rank() + 1) % dist.world_size()
-        self._stopping, self._last_words = threading.Event(), ""
+        self._stopping, self._over, self._last_words = threading.Event(), threading.Event(), ""
         self._thread: threading.Thread | None = None
+        self._round = time.monotonic()
 
     def __enter__(self) -> Heartbeat:
         if self.seconds and dist.world_size() > 1:
@@ -50,8 +49,10 @@ class Heartbeat:
             self._store.set(f"name/{dist.rank()}", self._name)
             self._store.set(f"beat/{dist.rank()}", "0")
             dist.barrier()
+            self._round = time.monotonic()
             self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
             self._thread.start()
+            threading.Thread(target=self._guard, name="heartbeat-guard", daemon=True).start()
         return self
 
     def __exit__(
@@ -62,11 +63,13 @@ class Heartbeat:
         if error is not None and is_communication_error(error):
             # Some rank is gone, and the watch will know which: it ends this process.
             self._thread.join(self.seconds + 3 * self._interval)
-        elif error is not None:
-            code = USAGE if isinstance(error, UsageError) else LOST
+        if error is not None:
+            lost = is_communication_error(error)
+            code = USAGE if isinstance(error, UsageError) else LOST if lost else FAILED
             self._last_words = json.dumps([code, f"{self._name} left: {type(error).__name__}: {error}"])
         self._stopping.set()
         self._thread.join()
+        self._over.set()
         # Rank 0 holds the store: it leaves last.
         if error is None:
             dist.barrier()
@@ -78,6 +81,7 @@ class Heartbeat:
         try:
             while not self._stopping.wait(self._interval):
                 count += 1
+                self._round = time.monotonic()
                 self._store.set(f"beat/{dist.rank()}", str(count))
                 if self._store.check(["last_words"]):
                     self._leave(*json.loads(self._store.get("last_words")))
@@ -96,10 +100,18 @@ class Heartbeat:
             first = str(error).splitlines()[0]
             self._leave(LOST, f"rank 0 at {os.environ['MASTER_ADDR']} is gone ({first})")
 
+    def _guard(self) -> None:
+        """Leave when the watch itself has stood still: the store of a node that is cut off sends no answer."""
+        while not self._over.wait(self._interval):
+            if time.monotonic() - self._round > self.seconds + 2 * self._interval:
+                self._end(LOST, f"rank 0 at {os.environ['MASTER_ADDR']} has not answered for {self.seconds} s")
+
     def _leave(self, code: int, reason: str) -> None:
         """End this process from the watching thread, unless it is just leaving by itself: ranks fail together."""
-        if self._stopping.wait(2 * self._interval):
-            return
+        if not self._stopping.wait(2 * self._interval):
+            self._end(code, reason)
+
+    def _end(self, code: int, reason: str) -> None:
         again = " Run again with --resume auto." if code == LOST else ""
         print(f"error: {reason}.{again}", file=sys.stderr, flush=True)
         sys.stdout.flush()

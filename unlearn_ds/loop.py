@@ -17,12 +17,10 @@ from unlearn_ds.config import RunConfig
 from unlearn_ds.cost import flops
 from unlearn_ds.data.loader import Loader
 from unlearn_ds.evaluate import Answers, Evaluator
+from unlearn_ds.exit_codes import DIVERGED, FINISHED, STOPPED
 from unlearn_ds.profiler import Profiler, share, step_line
 from unlearn_ds.stopping import Stop, Stopping
 from unlearn_ds.types import PackedBatch, Term
-
-FINISHED, DIVERGED, STOPPED = 0, 3, 75
-"""Exit codes; ``UsageError`` is 2."""
 
 
 class Outcome(NamedTuple):

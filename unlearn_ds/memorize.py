@@ -14,7 +14,8 @@ from unlearn_ds import model as models
 from unlearn_ds.config import CheckpointConfig, LoraConfig, ObjectiveConfig, OptimConfig, RunConfig, StopConfig
 from unlearn_ds.data.encode import Encoder
 from unlearn_ds.evaluate import Evaluator
-from unlearn_ds.loop import FINISHED, Outcome, Run
+from unlearn_ds.exit_codes import FINISHED
+from unlearn_ds.loop import Outcome, Run
 from unlearn_ds.scenarios import ScenarioData
 
 

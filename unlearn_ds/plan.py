@@ -7,7 +7,7 @@ import json
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from unlearn_ds import choose, ds_json, log, sizing
+from unlearn_ds import choose, dist, ds_json, log, sizing
 from unlearn_ds.config import RunConfig, to_dict
 from unlearn_ds.cost import memory
 from unlearn_ds.cost.communication import Volume, communication
@@ -60,8 +60,10 @@ def say_plan(plan: Plan) -> None:
 def say_totals(plan: Plan, ranks: Machine) -> None:
     """Each memory that is known against what the plan needs of it."""
     known = [("a GPU", plan.peak("device"), ranks.device_bytes, memory.USABLE)]
-    known.append(("a node's host memory", plan.peak("host") * ranks.ranks_per_node, ranks.host_bytes, 0.9))
+    known.append(("a node's host memory", sizing.on_host(plan, ranks), ranks.host_bytes, 0.9))
     for name, needed, there, share in known:
+        if there is None and name == "a GPU" and dist.device_type() == "cpu":
+            continue  # the device is the host
         if there is None:
             log.say(f"{name}: {needed / GIB:,.1f} GiB needed; how much there is, is not known here")
             continue

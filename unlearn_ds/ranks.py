@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 from collections.abc import MutableMapping
@@ -125,7 +126,12 @@ def interface_to(host: str, port: int) -> str | None:
 
 
 def note_start() -> None:
-    """Leave the process id where the supervisor of this node looks for it."""
+    """Leave the process id where the supervisor of this node looks for it.
+
+    Launchers of a supervisor ignore SIGTERM, and so at first do their ranks: it ends them until there is something to
+    save."""
+    if STATUS in os.environ:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _note("pid", str(os.getpid()))
 
 

@@ -14,6 +14,7 @@ from unlearn_ds.cost import shapes
 from unlearn_ds.cost.memory import USABLE, Plan, memory_plan
 from unlearn_ds.cost.setup import Setup
 from unlearn_ds.cost.shapes import Shape
+from unlearn_ds.machine import host_bytes
 from unlearn_ds.registry import OBJECTIVES, resolve
 
 GIB = 2**30
@@ -49,7 +50,7 @@ def machine(config: RunConfig) -> Machine:
         memory = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory
     host = int(cluster.host_memory * GIB) or None
     if host is None and not cluster.gpu_memory:
-        host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        host = host_bytes()
     return Machine(nodes, ranks, memory, host)
 
 
@@ -116,5 +117,11 @@ def plan_of(config: RunConfig, ranks: Machine) -> Plan:
 def fits(plan: Plan, ranks: Machine) -> bool:
     """True where a plan fits every memory that is known; pinned memory may take 9 tenths of a host's."""
     device = ranks.usable_bytes is None or plan.peak("device") <= ranks.usable_bytes
-    host = ranks.host_bytes is None or plan.peak("host") * ranks.ranks_per_node <= 0.9 * ranks.host_bytes
+    host = ranks.host_bytes is None or on_host(plan, ranks) <= 0.9 * ranks.host_bytes
     return device and host
+
+
+def on_host(plan: Plan, ranks: Machine) -> int:
+    """Bytes of a node's host memory that its ranks take; on a CPU what is called the device lies there too."""
+    on_cpu = ranks.device_bytes is None and dist.device_type() == "cpu"
+    return ranks.ranks_per_node * (plan.peak("host") + (plan.peak("device") if on_cpu else 0))

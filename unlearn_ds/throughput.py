@@ -59,7 +59,7 @@ def build_run(config: RunConfig, num_steps: int) -> Run:
     profiler = Profiler(config.log.profile, config.log.trace, engine.device_name(), engine.synchronize)
     folder = run_folder.open_run(short, engine.versions())
     values = ds_json.load(config.engine.ds_config)
-    build.check_reference(config)
+    build.check_offload(config, values)
     path = embedded.locate(config.model.path)
     encoder = Encoder(
         models.load_tokenizer(path, config.model.revision), config.data.template, config.data.system_prompt,

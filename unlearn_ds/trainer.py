@@ -26,8 +26,9 @@ from unlearn_ds.config import RunConfig
 from unlearn_ds.data import sources
 from unlearn_ds.data.encode import Encoder
 from unlearn_ds.evaluate import Evaluator
+from unlearn_ds.exit_codes import FINISHED
 from unlearn_ds.heartbeat import Heartbeat
-from unlearn_ds.loop import FINISHED, Run
+from unlearn_ds.loop import Run
 from unlearn_ds.memorize import memorized
 from unlearn_ds.profiler import Profiler
 from unlearn_ds.registry import SCENARIOS, resolve

@@ -29,9 +29,11 @@ with Heartbeat(int(sys.argv[2])):
         raise UsageError("a wrong flag")
     if what == "error" and me == 1:
         raise KeyError("no such row")
+    if what == "network" and me == 1:
+        raise RuntimeError("NCCL communicator was aborted")
     if what == "collective" and me != 1:
         dist.barrier()
-    if what == "work" or (what in ("error", "collective", "usage of one")):
+    if what == "work" or (what in ("error", "network", "collective", "usage of one")):
         time.sleep(60)
     if what == "later" and me == 1:
         time.sleep(4)
@@ -95,10 +97,24 @@ def test_an_error_of_one_rank_is_told_to_the_others(start):
     processes = start("error", seconds=20)
     began = time.monotonic()
     code, error = ends(processes[0])
-    assert code == 76 and "rank 1 on" in error and "KeyError: 'no such row'" in error
+    assert code == 1 and "rank 1 on" in error and "KeyError: 'no such row'" in error and "--resume" not in error
     assert time.monotonic() - began < 15
     code, error = ends(processes[1])
     assert code == 1 and "Traceback" in error
+
+
+def test_a_rank_whose_network_failed_though_all_others_live_is_lost(start):
+    processes = start("network")
+    code, error = ends(processes[0])
+    assert code == 76 and "NCCL communicator was aborted" in error
+
+
+def test_a_frozen_first_rank_whose_store_does_not_answer_is_lost(start):
+    """As when its node is cut off: no connection breaks."""
+    processes = start("work")
+    processes[0].send_signal(signal.SIGSTOP)
+    code, error = ends(processes[1])
+    assert code == 76 and "rank 0" in error
 
 
 def test_a_mistake_that_one_rank_finds_is_a_mistake_on_all(start):

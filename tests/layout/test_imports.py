@@ -28,6 +28,8 @@ LEVELS = {
         "versions",
         "local_files",
         "ranks",
+        "machine",
+        "exit_codes",
         "kernels",
     ],  # fmt: skip
     1: ["dist", "log", "ops", "cost", "attention", "stopping"],
@@ -58,7 +60,7 @@ LEVELS = {
     ],
     4: ["evaluate", "choose", "scaling", "build", "prepare", "own_answers", "export", "comparison"],
     5: ["loop", "plan", "doctor"],
-    6: ["memorize"],
+    6: ["memorize", "command"],
     7: ["trainer", "throughput"],
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
@@ -67,6 +69,7 @@ NEIGHBOURS = {("reference", "data.packing"), ("model", "lora"), ("matrices", "lo
 """(room, module) of one level that may be imported all the same."""
 
 LAUNCHERS_MAY_IMPORT = {
+    "command",
     "trainer",
     "throughput",
     "projection",
@@ -84,7 +87,7 @@ LAUNCHERS_MAY_IMPORT = {
 }
 
 WITHOUT_TORCH = {"config", "checks", "registry", "presets", "studies", "arguments", "ds_json", "stopping", "ranks",
-                 "versions", "local_files"}  # fmt: skip
+                 "versions", "local_files", "machine", "exit_codes"}  # fmt: skip
 """The command line must answer before torch is loaded."""
 
 THIRD_PARTY = {0: {"torch", "triton", "psutil"}, 1: {"torch", "triton", "rich", "tqdm", "tensorboard", "flash_attn"}}

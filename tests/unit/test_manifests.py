@@ -57,6 +57,20 @@ def test_pods_meet_at_the_first_one_and_end_their_job_on_mistakes():
     assert mistakes["onExitCodes"]["values"] == [2, 3]
 
 
+def test_what_pods_write_to_is_mounted():
+    _, job = documents("job.yaml")
+    (trainjob,) = documents("trainjob.yaml")
+    (patch,) = trainjob["spec"]["runtimePatches"]
+    (node,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pods = [job["spec"]["template"]["spec"], node["template"]["spec"]["template"]["spec"]]
+    for pod in pods:
+        (container,) = pod["containers"]
+        mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        assert mounted == {"shared": "/shared", "shm": "/dev/shm"}
+        assert {volume["name"] for volume in pod["volumes"]} == set(mounted)
+        assert pod["terminationGracePeriodSeconds"] == 900
+
+
 def test_their_flags_are_flags_of_ours():
     _, job = documents("job.yaml")
     (trainjob,) = documents("trainjob.yaml")

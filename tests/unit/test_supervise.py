@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from harness import REPOSITORY
@@ -87,6 +88,35 @@ def test_ranks_that_are_elsewhere_are_signalled_through_their_launcher():
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     assert process.returncode == 75
+
+
+def test_a_launcher_that_ends_well_though_its_ranks_have_not_is_not_believed():
+    """DeepSpeed's runner does when the process that started the ranks was killed."""
+    quiet = LAUNCHER.replace("sys.exit(1 if any(", "sys.exit(0 if any(")
+    process = start(sys.executable, "-c", quiet, RANK, "-9")
+    process.communicate(timeout=60)
+    assert process.returncode == 76
+
+
+def test_a_signal_while_the_launcher_waits_for_other_nodes_ends_it():
+    process = start(sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)")
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 76
+
+
+def test_a_second_signal_ends_ranks_that_do_not_listen():
+    """Ranks that hang never come to the end of a step."""
+    deaf = RANK.replace("asked.append(1)", "None")
+    process = start(sys.executable, "-c", LAUNCHER, deaf, "wait")
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(supervise.PATIENCE + 1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=20)
+    assert process.returncode == 76
 
 
 def test_its_number_can_be_found_while_it_runs(tmp_path):

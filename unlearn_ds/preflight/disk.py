@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
+from unlearn_ds import ds_json
 from unlearn_ds.config import EMBEDDED_MODEL, stop_rules
 from unlearn_ds.local_files import cache_folder, embedded_folder, hub_folder
 from unlearn_ds.preflight.files import EMBEDDED_PARAMETERS, model_folder, num_parameters
@@ -43,15 +44,16 @@ def existing(folder: Path) -> Path:
 def needs(subject: Subject) -> list[Need]:
     """What a run writes where, as far as the size of the model is known.
 
-    A ZeRO-3 checkpoint holds an fp32 master and two moments, 12 bytes a parameter, and in bf16 the weights: 14. A new
-    one is written before the oldest is dropped. With LoRA, checkpoints hold adapters only.
+    A checkpoint holds an fp32 master and two moments, 12 bytes a parameter, and below ZeRO-3 the weights. A new one is
+    written before the oldest is dropped. With LoRA, checkpoints hold adapters only.
     """
     config, parameters = subject.config, num_parameters(subject.config)
     out, cache = output_folder(subject), cache_folder()
     found = [Need(out, LEAST, "records"), Need(Path(os.environ.get("TMPDIR", "/tmp")), SCRATCH, "scratch files", False)]
     if parameters is None:
         return found + [Need(hub_folder(), SCRATCH, "a model of unknown size from the hub", False)]
-    checkpoint = 0 if config.lora.rank else parameters * (12 + (2 if subject.bytes_per_weight == 2 else 0))
+    weights_too = ds_json.stage(subject.ds_values) < 3
+    checkpoint = 0 if config.lora.rank else parameters * (12 + weights_too * subject.bytes_per_weight)
     weights = parameters * subject.bytes_per_weight
     if config.checkpoint.save_every:
         count = config.checkpoint.keep + 1

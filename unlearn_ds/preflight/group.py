@@ -36,11 +36,6 @@ class Measured(NamedTuple):
     bus: list[float]
 
 
-def launched() -> bool:
-    """True in one of several ranks that a launcher has started."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
-
-
 def join() -> Finding | None:
     """Form a group of all ranks on CPUs; the finding says why there is none."""
     try:

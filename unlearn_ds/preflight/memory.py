@@ -6,6 +6,7 @@ import os
 import resource
 from pathlib import Path
 
+from unlearn_ds.machine import host_bytes
 from unlearn_ds.preflight import gpu
 from unlearn_ds.preflight.findings import Finding, Subject, fail, listed, ok, on_cpu, size, skipped, warn
 
@@ -69,26 +70,4 @@ def machine_facts(subject: Subject) -> dict[str, str]:
     """Bytes that the memory plan is compared with: of the host, as far as this process may use it, and of a device."""
     devices = [] if on_cpu() else gpu.devices()
     least = min((device.memory_bytes for device in devices), default=0)
-    return {"host bytes": str(host_bytes()), "device bytes": str(least), "ranks": str(subject.ranks or 1)}
-
-
-def host_bytes() -> int:
-    """Host memory that is available now, within the limit of the control group."""
-    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-    available = {words[0]: int(words[1]) * 1024 for words in lines}
-    return min([available["MemAvailable:"], *_group_limits()])
-
-
-def _group_limits() -> list[int]:
-    """Bytes that this process's control group and those above it allow; empty without any limit."""
-    limits = []
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        root, name = Path("/sys/fs/cgroup") / controllers, "memory.limit_in_bytes" if controllers else "memory.max"
-        # Inside a container the path may be one of the host, and the group of the container is the root.
-        for folder in (root / path.lstrip("/"), *(root / path.lstrip("/")).parents):
-            if folder.is_relative_to(root) and (folder / name).is_file():
-                limits.append((folder / name).read_text().strip())
-    return [int(text) for text in limits if text.isdigit()]
+    return {"host bytes": str(host_bytes(free=True)), "device bytes": str(least), "ranks": str(subject.ranks or 1)}

@@ -64,12 +64,12 @@ def test_checkpoints_are_counted_in_bytes_a_parameter(clean, subject, tmp_path):
     def written(what, **flags):
         return {need.what: need for need in disk.needs(subject(**flags))}.get(what)
 
-    assert written("3 checkpoints", save_every="10").num_bytes == 3 * 14 * EMBEDDED_PARAMETERS
+    assert written("3 checkpoints", save_every="10").num_bytes == 3 * 12 * EMBEDDED_PARAMETERS
     fp32 = written("3 checkpoints", save_every="10", ds_config="zero3_fp32")
     assert fp32.num_bytes == 3 * 12 * EMBEDDED_PARAMETERS and fp32.certain
     on_signal = written("two checkpoints, if signals stop the run")
-    assert on_signal.num_bytes == 2 * 14 * EMBEDDED_PARAMETERS and not on_signal.certain
-    assert written("the best state", stop="patience:2", eval_every="5").num_bytes == 14 * EMBEDDED_PARAMETERS
+    assert on_signal.num_bytes == 2 * 12 * EMBEDDED_PARAMETERS and not on_signal.certain
+    assert written("the best state", stop="patience:2", eval_every="5").num_bytes == 12 * EMBEDDED_PARAMETERS
     assert written("the exported model").num_bytes == 2 * EMBEDDED_PARAMETERS
     assert written("the exported model", lora_rank="8", lora_export="separate") is None
     assert written("3 checkpoints", save_every="10", lora_rank="8") is None  # adapters only
