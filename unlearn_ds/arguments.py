@@ -76,6 +76,14 @@ def parse(flags: Mapping[str, Any]) -> RunConfig:
     return _resolve_defaults(config)
 
 
+def follows_plan(config: RunConfig) -> bool:
+    """True for a run whose open knobs follow from the memory plan: with a preset of a large model, or cluster flags.
+
+    Working that out loads libraries, which other runs do not need so early."""
+    cluster = (config.cluster.nodes, config.cluster.gpus_per_node, config.cluster.gpu_memory)
+    return config.preset not in (None, EMBEDDED_PRESET) or any((*cluster, config.optim.global_batch_size))
+
+
 def given(flags: Mapping[str, Any]) -> set[str]:
     """Dotted names of the knobs that flags set: what nothing else may choose."""
     return {_dotted(name) for name in flags if name not in IGNORED}

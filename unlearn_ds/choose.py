@@ -10,7 +10,6 @@ from unlearn_ds import log
 from unlearn_ds.config import RunConfig, UsageError, replace
 from unlearn_ds.cost.memory import Plan, memory_plan
 from unlearn_ds.cost.shapes import Shape
-from unlearn_ds.presets import EMBEDDED_PRESET
 from unlearn_ds.sizing import GIB, Machine, fits, setup_of, shape_of
 
 BY_COST = ("zero2", "zero3_hpz", "zero3", "zero2_offload", "zero3_offload", "zero3_offload_params", "zero3_nvme")
@@ -38,15 +37,6 @@ class Remedy(NamedTuple):
 
     flags: str
     plan: Plan
-
-
-def wanted(config: RunConfig) -> bool:
-    """True for a run whose knobs follow the memory plan: with a preset of a large model, or with flags of a cluster."""
-    cluster = config.cluster
-    preset = config.preset not in (None, EMBEDDED_PRESET)
-    return preset or bool(
-        cluster.nodes or cluster.gpus_per_node or cluster.gpu_memory or config.optim.global_batch_size
-    )
 
 
 def choose(config: RunConfig, given: set[str], ranks: Machine) -> tuple[RunConfig, list[Choice]]:
@@ -225,9 +215,7 @@ def _changes(config: RunConfig, ranks: Machine) -> Iterator[tuple[str, dict[str,
 
 
 def resolved(config: RunConfig, given: set[str], ranks: Machine) -> RunConfig:
-    """The configuration to run: chosen where it is wanted, each choice said."""
-    if not wanted(config):
-        return config
+    """The configuration to run, each choice said; for runs that ``arguments.follows_plan``."""
     if ranks.device_bytes is None and not config.optim.global_batch_size:
         log.say("chosen      nothing: no memory of a GPU is known here; --gpu_memory GiB plans for one")
         return config

@@ -26,11 +26,12 @@ def configured(flags: Mapping[str, Any]) -> RunConfig:
 
     if not config.log.verbose:
         log.quiet()
-    from unlearn_ds import choose, sizing
+    if arguments.follows_plan(config):
+        from unlearn_ds import choose, sizing
 
-    if not config.dry_run:
-        sizing.check_machine(config)
-    config = choose.resolved(config, arguments.given(flags), sizing.machine(config))
+        if not config.dry_run:
+            sizing.check_machine(config)
+        config = choose.resolved(config, arguments.given(flags), sizing.machine(config))
     return arguments.for_machine(config, dist.computes_bf16())
 
 

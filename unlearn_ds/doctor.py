@@ -229,9 +229,11 @@ def planned(config: RunConfig, given: set[str]) -> MemoryPlan:
     if files.model_folder(config) is None and shapes.public(config.model.path) is None:
         return MemoryPlan(missing="the model is not on this machine yet")
     ranks = sizing.machine(config)
-    if choose.wanted(config) and ranks.device_bytes is None:
-        return MemoryPlan(missing="no GPU on this machine to plan for; --gpu_memory GiB tells that of the nodes")
-    config = arguments.for_machine(choose.resolved(config, given, ranks), dist.computes_bf16())
+    if arguments.follows_plan(config):
+        if ranks.device_bytes is None:
+            return MemoryPlan(missing="no GPU on this machine to plan for; --gpu_memory GiB tells that of the nodes")
+        config = choose.resolved(config, given, ranks)
+    config = arguments.for_machine(config, dist.computes_bf16())
     plan = sizing.plan_of(config, ranks)
     kept = ("weights", "gradients", "optimizer", "reference")
     states = sum(line.num_bytes for line in plan.lines if line.where == "device" and line.what.startswith(kept))

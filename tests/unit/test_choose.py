@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from unlearn_ds import choose, plan, sizing
-from unlearn_ds.arguments import given, parse
+from unlearn_ds.arguments import follows_plan, given, parse
 from unlearn_ds.checks import check
 from unlearn_ds.config import UsageError
 from unlearn_ds.presets import EMBEDDED_PRESET, PRESETS
@@ -139,7 +139,7 @@ def test_without_a_gpu_nothing_is_chosen_and_that_is_said(capsys, monkeypatch):
     config = parse({"preset": "llama2-7b"})
     assert choose.resolved(config, set(), sizing.machine(config)) == config
     assert "--gpu_memory" in capsys.readouterr().out
-    assert not choose.wanted(parse({})) and choose.wanted(parse({"nodes": 2}))
+    assert not follows_plan(parse({})) and follows_plan(parse({"nodes": 2}))
 
 
 def test_flags_that_promise_other_ranks_than_were_started_are_refused(monkeypatch):
