@@ -64,9 +64,17 @@ def test_each_stage_divides_one_more_state(stage, shares):
     assert plan.of("optimizer") == 12 * TOTAL // shares[2]
 
 
-def test_fp32_has_no_master_copy_and_no_second_gradient():
-    plan = planned(bytes_per_weight=4)
-    assert plan.of("optimizer: two moments") == 8 * TOTAL // 4 and plan.of("gradients in fp32") == 0
+def test_in_fp32_there_is_a_master_copy_too_but_at_stage_0():
+    """DeepSpeed clones its flat partition, whatever the precision; at stage 0 in fp32 the optimizer is called as it is."""
+    assert planned(bytes_per_weight=4).of("optimizer") == 12 * TOTAL // 4
+    assert planned(bytes_per_weight=4, stage=0).of("optimizer") == 8 * TOTAL
+    assert planned(bytes_per_weight=4, stage=2).of("gradients in fp32") == 4 * TOTAL // 4
+
+
+def test_below_stage_3_gradients_come_into_being_as_activations_go():
+    when = {line.when for line in planned(stage=2).lines if line.what == "gradients"}
+    later = {line.when for line in planned(stage=2, accumulation=2).lines if line.what == "gradients"}
+    assert (when, later) == ({"update"}, {"always"})
 
 
 def test_checkpointing_keeps_the_input_of_each_layer_and_what_one_layer_keeps():

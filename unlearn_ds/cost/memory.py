@@ -65,13 +65,17 @@ def _states(shape: Shape, setup: Setup) -> list[Line]:
     width, trained = setup.bytes_per_weight, setup.trained(shape)
     whole = (shape.total + setup.num_adapter) * width
     on_device = "device" if setup.offload_optimizer == "none" else "host"
+    # From stage 1 on DeepSpeed keeps a flat master copy, in fp32 too. At stage 3 gradients have a buffer from the start;
+    # below it they come into being as backward frees activations, unless an earlier micro-batch has left them.
+    master = setup.mixed or setup.stage > 0
+    kept = setup.stage == 3 or setup.accumulation > 1 or on_device == "host"
     lines = [
         Line("weights", whole // setup.divided(3), _home(setup.offload_param)),
         Line("small weights, whole on each rank", setup.persistent(shape) * width),
-        Line("gradients", trained * width // setup.divided(2), on_device),
+        Line("gradients", trained * width // setup.divided(2), on_device, "always" if kept else "update"),
         Line(
-            "optimizer: fp32 master and two moments" if setup.mixed else "optimizer: two moments",
-            trained * (12 if setup.mixed else 8) // setup.divided(1), _home(setup.offload_optimizer),
+            "optimizer: fp32 master and two moments" if master else "optimizer: two moments",
+            trained * (12 if master else 8) // setup.divided(1), _home(setup.offload_optimizer),
         ),
     ]  # fmt: skip
     if setup.hpz > 1:
@@ -126,7 +130,7 @@ def _step(shape: Shape, setup: Setup) -> list[Line]:
     head = shape.head * (width + 4 * setup.mixed) * (not setup.num_adapter)
     lines.append(Line("loss workspace", setup.workspace_bytes + 4 * hidden, when="step"))
     lines.append(Line("gradient of the LM head", head, when="step"))
-    if setup.stage == 3:
+    if setup.stage == 3 and setup.world_size > 1:
         # Prefetched ones among them: they are there long before their module, up to ``max_live``.
         lines.append(Line("live gathered weights", gathers(shape, setup).most * width, when="step"))
     bucket = max(setup.reduce_bucket, shape.largest if not setup.num_adapter else 0)
@@ -137,7 +141,7 @@ def _step(shape: Shape, setup: Setup) -> list[Line]:
 
 def _update(shape: Shape, setup: Setup) -> list[Line]:
     trained, lines = setup.trained(shape), []
-    if setup.mixed and setup.offload_optimizer == "none":
+    if (setup.mixed or setup.stage in (1, 2)) and setup.offload_optimizer == "none":
         share = trained // setup.divided(1)
         lines.append(
             Line("gradients in fp32", 4 * min(share, setup.sub_group) if setup.stage == 3 else 4 * share, when="update")
