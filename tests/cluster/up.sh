@@ -27,8 +27,8 @@ CONFIG
 chmod 700 "$FOLDER/ssh"
 
 bridge="cluster$SUBNET"
-echo "$bridge" > "$FOLDER/bridge"
 ip link add "$bridge" type bridge
+echo "$bridge" > "$FOLDER/bridge"  # what down.sh may delete
 ip link set "$bridge" up
 
 # A process that holds the namespaces of a node open; its output would keep the caller's pipe open.

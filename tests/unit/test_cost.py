@@ -65,10 +65,10 @@ def test_each_stage_divides_one_more_state(stage, shares):
 
 
 def test_in_fp32_there_is_a_master_copy_too_but_at_stage_0():
-    """DeepSpeed clones its flat partition, whatever the precision; at stage 0 in fp32 the optimizer is called as it is."""
+    """DeepSpeed clones its flat partition in every precision; at stage 0 in fp32 it calls the optimizer as it is."""
     assert planned(bytes_per_weight=4).of("optimizer") == 12 * TOTAL // 4
     assert planned(bytes_per_weight=4, stage=0).of("optimizer") == 8 * TOTAL
-    assert planned(bytes_per_weight=4, stage=2).of("gradients in fp32") == 4 * TOTAL // 4
+    assert planned(bytes_per_weight=4, stage=2).of("gradients in fp32") == 4 * (TOTAL // 4)
 
 
 def test_below_stage_3_gradients_come_into_being_as_activations_go():

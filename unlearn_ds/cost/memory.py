@@ -65,7 +65,7 @@ def _states(shape: Shape, setup: Setup) -> list[Line]:
     width, trained = setup.bytes_per_weight, setup.trained(shape)
     whole = (shape.total + setup.num_adapter) * width
     on_device = "device" if setup.offload_optimizer == "none" else "host"
-    # From stage 1 on DeepSpeed keeps a flat master copy, in fp32 too. At stage 3 gradients have a buffer from the start;
+    # From stage 1 on DeepSpeed keeps a flat master copy, in fp32 too. At stage 3 gradients have a buffer at the start;
     # below it they come into being as backward frees activations, unless an earlier micro-batch has left them.
     master = setup.mixed or setup.stage > 0
     kept = setup.stage == 3 or setup.accumulation > 1 or on_device == "host"
