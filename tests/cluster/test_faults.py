@@ -95,6 +95,15 @@ def test_before_its_time_is_up_a_job_saves_and_is_queued_again(cluster, tmp_path
     assert list((tmp_path / "out").glob("checkpoints/*/complete.json"))
 
 
+def test_a_diverged_job_keeps_its_code_and_is_not_queued_again(cluster, tmp_path):
+    """The nodes never leave at the same instant, and none may be killed for being the later one."""
+    flags = ("--max_steps", 20, "--learning_rate", 1e30, "--gradient_clipping", 0, "--warmup_ratio", 0)
+    job = cluster.start("node1", [*sbatch(tmp_path, "out"), *cluster.flags(tmp_path / "out", *flags)])
+    code, _ = wait(job, 180)
+    log = (tmp_path / "out.log").read_text()
+    assert code == 3 and "not finite" in log and "queued again" not in log, log
+
+
 def test_a_finished_run_is_not_run_again(cluster, tmp_path):
     flags = cluster.flags(tmp_path / "out", "--resume", "auto")
     first, second = (cluster.run("node1", [sys.executable, "launchers/train.py", *flags]) for _ in range(2))

@@ -39,7 +39,7 @@ def test_no_step_that_is_not_finite_touches_the_weights(tmp_path, tiny_model_dir
         "--ds_config", ds_config(tmp_path, stage, bf16), "--output_dir", out, "--max_steps", 8, "--batch_size", 4,
         "--learning_rate", 1e30, "--warmup_ratio", 0, "--optim.max_skipped", MAX_SKIPPED, "--reference", "cached",
         "--save_every", 1, "--checkpoint.keep", 9, "--eval.enabled", "false", "--log.tensorboard", "false",
-        "--log.progress", "false", ranks=ranks,
+        "--log.progress", "false", ranks=ranks, launched=ranks > 0,
     )  # fmt: skip
     assert done.returncode == 3, done.stdout
     assert f"{MAX_SKIPPED} steps in a row were not finite" in done.stdout
