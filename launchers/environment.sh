@@ -60,6 +60,21 @@ fail() {
   exit 2
 }
 
+# What hostfile.sh and mpi.sh do before they start anything: hosts, the first one's address, a port, the doctor.
+prepare_nodes() { # HOSTFILE [FLAG ...]
+  [[ -r $1 ]] || fail "no hostfile $1"
+  HOSTFILE="$(realpath "$1")"
+  shift
+  mapfile -t HOSTS < <(hosts_of "$HOSTFILE")
+  ((${#HOSTS[@]})) || fail "$HOSTFILE names no host; a line is: name slots=8"
+  MASTER_ADDR="${MASTER_ADDR:-${HOSTS[0]}}"
+  MASTER_PORT="${MASTER_PORT:-$(free_port_on "${HOSTS[0]}")}" || exit
+  export MASTER_ADDR MASTER_PORT
+  if [[ ${UNLEARN_DS_DOCTOR:-on} != off ]]; then
+    "$PYTHON" -m unlearn_ds.doctor --hostfile "$HOSTFILE" --master_port "$MASTER_PORT" "$@"
+  fi
+}
+
 # A file of this name on DeepSpeed's way would make its runner crash at a blank line or a comment, and export values
 # without quotes: nothing here reads it, so what stands in it would silently not arrive.
 for folder in "$HOME" .; do

@@ -6,23 +6,13 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-HOSTFILE="${1:?usage: bash launchers/hostfile.sh HOSTFILE [FLAG ...]}"
-shift
-[[ -r $HOSTFILE ]] || fail "no hostfile $HOSTFILE"
-HOSTFILE="$(realpath "$HOSTFILE")"
+: "${1:?usage: bash launchers/hostfile.sh HOSTFILE [FLAG ...]}"
 command -v pdsh > /dev/null || fail "pdsh is not installed; without it run launchers/no_ssh.sh on each node"
-mapfile -t HOSTS < <(hosts_of "$HOSTFILE")
-((${#HOSTS[@]})) || fail "$HOSTFILE names no host; a line is: name slots=8"
-
-export MASTER_ADDR="${MASTER_ADDR:-${HOSTS[0]}}"
-MASTER_PORT="${MASTER_PORT:-$(free_port_on "${HOSTS[0]}")}"
-export MASTER_PORT
-if [[ ${UNLEARN_DS_DOCTOR:-on} != off ]]; then
-  "$PYTHON" -m unlearn_ds.doctor --hostfile "$HOSTFILE" --master_port "$MASTER_PORT" "$@"
-fi
+prepare_nodes "$@"
+shift
 
 # pdsh replaces %-signs and the shells on both sides split words: what runs on a node travels encoded. TMPDIR may not be
-# there on every node.
+# there on every node, /tmp is, and is each node's own.
 PREFIX="/tmp/unlearn_ds-$(uname -n)-$$"
 on_node=$(
   while IFS= read -r name; do printf 'export %s=%q\n' "$name" "${!name}"; done < <(forwarded_names)

@@ -17,7 +17,7 @@ FREE_PORT = "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsoc
 
 
 class Cluster:
-    """Hosts node1, node2 and node3, which share the disk but for /tmp/node."""
+    """Hosts node1, node2 and node3, which share the disk but for ``folder``/own."""
 
     def __init__(self, folder: Path, cache: Path, model: Path, subnet: int):
         self.folder, self.cache, self.model, self.subnet = folder, cache, model, subnet

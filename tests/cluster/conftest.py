@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> I
         pytest.skip(f"no namespaces with bridges on this machine: {tried.stderr.strip()}")
     # Test processes that run side by side have a network each.
     subnet = 64 + os.getpid() % 128
-    folder = Path(f"/tmp/unlearn_ds-cluster-{os.getpid()}")
+    # Not pytest's folder: the path of a Unix socket may have 107 characters.
+    folder = Path(tempfile.mkdtemp(prefix="cluster-"))
     up = subprocess.run(
         ["bash", HERE / "up.sh", folder, str(NUM_NODES), str(subnet)], capture_output=True, text=True, timeout=120
     )

@@ -107,12 +107,13 @@ def test_a_busy_port(cluster, tmp_path):
 
 def test_a_stale_lock(cluster, tmp_path):
     hours_ago = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() - 7200))
-    on(cluster, "node2", f"mkdir -p /tmp/node/ops/fused && touch -d '{hours_ago}' /tmp/node/ops/fused/lock")
+    ops = cluster.folder / "own" / "ops"
+    on(cluster, "node2", f"mkdir -p {ops}/fused && touch -d '{hours_ago}' {ops}/fused/lock")
     try:
-        said = refused(cluster, tmp_path / "out", TORCH_EXTENSIONS_DIR="/tmp/node/ops")
+        said = refused(cluster, tmp_path / "out", TORCH_EXTENSIONS_DIR=str(ops))
     finally:
-        on(cluster, "node2", "rm -r /tmp/node/ops")
-    assert re.search(r"node2.{0,200}/tmp/node/ops/fused/lock", said), said
+        on(cluster, "node2", f"rm -r {ops}")
+    assert re.search(rf"node2.{{0,200}}{ops}/fused/lock", said), said
 
 
 LISTEN = """

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Hosts on one machine: up.sh FOLDER NUM_NODES SUBNET, for example: up.sh /tmp/cluster 3 77
-# Each is a network, a host name and a view of the disk of its own (/etc/hosts, ~/.ssh, /tmp/node), joined to the
+# Hosts on one machine: up.sh FOLDER NUM_NODES SUBNET, for example: up.sh "$(mktemp -d)" 3 77
+# Each is a network, a host name and a view of the disk of its own (/etc/hosts, ~/.ssh, FOLDER/own), joined to the
 # others by a bridge as 10.SUBNET.0.N, with an sshd; node1 also runs slurmctld, every node slurmd. down.sh removes all.
-# FOLDER/enter NODE COMMAND... runs a command on a node. FOLDER must lie outside /tmp/node.
+# FOLDER/enter NODE COMMAND... runs a command on a node.
 set -euo pipefail
 FOLDER="$(realpath -m "$1")" NUM_NODES="$2" SUBNET="$3"
 HERE="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 PATH="$PATH:/usr/sbin:/sbin"
-mkdir -p "$FOLDER"/{ssh,slurm/state,log,small} /run/sshd /tmp/node
+mkdir -p "$FOLDER"/{ssh,slurm/state,log,small,own} /run/sshd
 chmod 755 "$FOLDER"
 # A disk that is soon full and that all nodes share: they take over what is mounted now.
 mount -t tmpfs -o size=8m tmpfs "$FOLDER/small"
@@ -60,7 +60,7 @@ for ((n = 1; n <= NUM_NODES; n++)); do
     mount --bind '$FOLDER/hosts' /etc/hosts
     mkdir -p ~/.ssh
     mount --bind '$FOLDER/ssh' ~/.ssh
-    mount -t tmpfs -o size=512m tmpfs /tmp/node
+    mount -t tmpfs -o size=64m tmpfs '$FOLDER/own'
   "
   cat > "$FOLDER/sshd$n.conf" << CONFIG
 ListenAddress 10.$SUBNET.0.$n
