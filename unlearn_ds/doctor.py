@@ -103,7 +103,7 @@ def main(*positional: str, **flags: str) -> None:
 
 
 def examine_nodes(config: RunConfig, flags: dict[str, Any], options: Options) -> Result:
-    """Examine the hosts of a hostfile over ssh; without one, or with one host alone, this machine."""
+    """Examine the hosts of a hostfile over ssh; without one, or where it names this machine alone, without."""
     hosts = hostfile.read(options.hostfile) if options.hostfile else {}
     hosts = hostfile.chosen(hosts, options.include, options.exclude) if hosts else {socket.gethostname(): 0}
     ssh_port, here = options.port("ssh_port"), (socket.gethostname(), "localhost", "127.0.0.1")

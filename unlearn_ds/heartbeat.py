@@ -60,11 +60,11 @@ class Heartbeat:
     ) -> None:
         if self._thread is None:
             return
-        if error is not None and is_communication_error(error):
+        lost = error is not None and is_communication_error(error)
+        if lost:
             # Some rank is gone, and the watch will know which: it ends this process.
             self._thread.join(self.seconds + 3 * self._interval)
         if error is not None:
-            lost = is_communication_error(error)
             code = USAGE if isinstance(error, UsageError) else LOST if lost else FAILED
             self._last_words = json.dumps([code, f"{self._name} left: {type(error).__name__}: {error}"])
         self._stopping.set()
@@ -126,6 +126,8 @@ class Heartbeat:
 
 
 def is_communication_error(error: BaseException) -> bool:
-    """True for what a collective operation raises when another rank has gone."""
+    """True for what a collective operation raises when another rank has gone; a ``UsageError`` may name gloo too."""
+    if isinstance(error, UsageError):
+        return False
     signs = ("gloo", "NCCL", "Connection reset", "Connection closed")
     return isinstance(error, torch_dist.DistError) or any(sign in str(error) for sign in signs)

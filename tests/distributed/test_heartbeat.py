@@ -26,7 +26,7 @@ what, me = sys.argv[1], int(os.environ["RANK"])
 with Heartbeat(int(sys.argv[2])):
     os.write(1, b"up" + os.linesep.encode())
     if what == "usage of all" or (what == "usage of one" and me == 1):
-        raise UsageError("a wrong flag")
+        raise UsageError("a wrong flag for gloo")
     if what == "error" and me == 1:
         raise KeyError("no such row")
     if what == "network" and me == 1:
@@ -126,7 +126,7 @@ def test_a_mistake_that_one_rank_finds_is_a_mistake_on_all(start):
 def test_ranks_that_find_the_same_mistake_end_by_themselves(start):
     for process in start("usage of all"):
         code, error = ends(process)
-        assert code == 1 and "UsageError: a wrong flag" in error and "left" not in error
+        assert code == 1 and "UsageError: a wrong flag for gloo" in error and "left" not in error
 
 
 def test_ranks_that_finish_at_different_times_are_not_lost(start):
