@@ -17,6 +17,7 @@ HELP = """usage: deepspeed launchers/throughput.py --scenario hallucination [--f
   --against NAME      RLHF that the plot's title names: {names} [step3]
   --device NAME       devices that RLHF is modelled on: {devices} [the measured one, or A100-80G]
   --num_devices N     how many of them [8]
+  --measure_rlhf      also take the steps of SFT, reward model and PPO, by TRL, on the same prompts and devices
   --table             print the analytic table of models and recipes, and stop
   --calibration       print published figures of RLHF beside the model's, and stop
 
@@ -26,7 +27,7 @@ and every flag of train.py (its --help lists them); --max_steps is the length of
 
 def main(
     *positional: str, steps: str = "8", against: str = "step3", device: str = "", num_devices: str = "8",
-    table: str = "false", calibration: str = "false", **flags: object,
+    measure_rlhf: str = "false", table: str = "false", calibration: str = "false", **flags: object,
 ) -> None:  # fmt: skip
     """Check the flags, then print a table, or measure and compare."""
     if positional:
@@ -38,16 +39,23 @@ def main(
         raise config.UsageError(f"--against must be one of {', '.join(rlhf.DENOMINATORS)}; got '{against}'.")
     if device and device not in devices.MEMORY_TB_PER_SECOND:
         raise config.UsageError(f"--device must be one of {', '.join(devices.MEMORY_TB_PER_SECOND)}; got '{device}'.")
-    if "true" in (str(table).lower(), str(calibration).lower()):
+    if _is_set("--table", table) or _is_set("--calibration", calibration):
         from unlearn_ds import projection
 
-        projection.print_table(device or "A100-80G") if str(table).lower() == "true" else projection.print_calibration()
+        projection.print_table(device or "A100-80G") if _is_set("--table", table) else projection.print_calibration()
         return
+    with_rlhf = _is_set("--measure_rlhf", measure_rlhf)
     run = command.configured({"output_dir": "runs/throughput", **flags})
     from unlearn_ds import dist, throughput
 
-    throughput.main(run, int(steps), against, device, int(num_devices))
+    throughput.main(run, int(steps), against, device, int(num_devices), with_rlhf)
     dist.shutdown()
+
+
+def _is_set(flag: str, value: str) -> bool:
+    if str(value).lower() not in ("true", "false"):
+        raise config.UsageError(f"{flag} is given without a value, or with true or false; got '{value}'.")
+    return str(value).lower() == "true"
 
 
 if __name__ == "__main__":

@@ -29,6 +29,12 @@ def dtype_of(values: dict[str, Any]) -> torch.dtype:
     return torch.bfloat16 if ds_json.is_bf16(values) else torch.float32
 
 
+def encoder(config: RunConfig, path: str) -> Encoder:
+    """Tokenizer and template of a run whose model lies at ``path``."""
+    tokenizer = models.load_tokenizer(path, config.model.revision)
+    return Encoder(tokenizer, config.data.template, config.data.system_prompt, config.data.max_length)
+
+
 def resolve_attention(config: RunConfig, path: str, values: dict[str, Any], device: torch.device) -> tuple[str, str]:
     """The attention of a run and why; ``UsageError`` when the one asked for cannot work here or for this model."""
     options = models.load_config(path, config.model.revision).get_text_config().to_dict()

@@ -31,6 +31,11 @@ def percent(value: float | None) -> str:
     return number(value) if value is None or not math.isfinite(value) else f"{short(f'{100 * value:.1f}')} %"
 
 
+def ratio_percent(value: float) -> str:
+    """Three digits, however small: a ratio that reads 0 says nothing."""
+    return f"{float(f'{100 * value:.3g}'):,.12f}".rstrip("0").rstrip(".") + " %"
+
+
 def short(text: str) -> str:
     return text.rstrip("0").rstrip(".") if "." in text and "e" not in text else text
 

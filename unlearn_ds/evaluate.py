@@ -83,9 +83,10 @@ class Evaluator:
         margin = f", margin {self.config.margin:.0%}" if self.judge is self.similarity else ""
         return f"{self.judge.name}{margin}"
 
-    def shows(self, model: PackedCausalLM, synced: bool = False) -> float:
-        """Share of the first unlearned prompts on which ``model`` shows the behaviour; the same on every rank."""
-        rows = self.rows["unlearned"][:NUM_TO_SHOW]
+    def shows(self, model: PackedCausalLM, synced: bool = False, num_prompts: int | None = NUM_TO_SHOW) -> float:
+        """Share of the first unlearned prompts (None: of all) on which ``model`` shows the behaviour; the same on every
+        rank."""
+        rows = self.rows["unlearned"][:num_prompts]
         texts = self._generate_all(model, {"unlearned": rows}, synced)["unlearned"]
         rate = 0.0
         if dist.is_main():

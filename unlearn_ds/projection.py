@@ -9,6 +9,7 @@ from typing import Any
 
 from unlearn_ds.cost import devices, published, ratio
 from unlearn_ds.cost.rlhf import DENOMINATORS, Actor, Cluster, Samples
+from unlearn_ds.drawing import ratio_percent
 
 
 def project(measured: Mapping[str, Any], actor: Actor, steps: int, against: str, cluster: Cluster) -> dict[str, Any]:
@@ -53,7 +54,8 @@ def print_projection(found: Mapping[str, Any]) -> None:
                    f"{measured['tokens_a_step']:,.0f} tokens"),
         ("tokens a second", f"{measured['tokens_per_second']:,.0f}"),
         ("TFLOP/s a device", f"{measured['tflops_per_device']:.3g}"),
-        ("MFU", "n/a, no peak is known of this device" if mfu is None else f"{_percent(mfu)} of the specified peak"),
+        ("MFU", "n/a, no peak is known of this device" if mfu is None
+                else f"{ratio_percent(mfu)} of the specified peak"),
         ("peak memory", f"{measured['peak_memory_bytes'] / 2**30:.1f} GiB a device"),
         (f"whole run, {found['steps']} steps",
          f"{_hours(found['device_hours'])} device-hours, {found['flops']:.2e} FLOPs"),
@@ -61,16 +63,48 @@ def print_projection(found: Mapping[str, Any]) -> None:
         figures.add_row(name, value)
     ratios = _table("RLHF as", "FLOPs", "hours", "ratio", "ratio of hours", "2 % at")
     for name, entry in found["rlhf"].items():
-        of_hours = "n/a" if entry["hours_ratio"] is None else _percent(entry["hours_ratio"])
+        of_hours = "n/a" if entry["hours_ratio"] is None else ratio_percent(entry["hours_ratio"])
         ratios.add_row(
             name + (" *" if name == found["against"] else ""), f"{entry['flops']:.2e}", _hours(entry["hours"]),
-            _percent(entry["flops_ratio"]), of_hours, f"{found['samples_at_limit'][name]:,.0f}",
+            ratio_percent(entry["flops_ratio"]), of_hours, f"{found['samples_at_limit'][name]:,.0f}",
         )  # fmt: skip
     _print(figures, ratios)
     _say(
         "ratio: FLOPs of the whole run over those of RLHF. 2 % at: forget samples that reach it. *: in the plot's title"
     )
     _notes({name: entry["meaning"] for name, entry in found["rlhf"].items()}, found["assumptions"])
+
+
+def print_measured_rlhf(found: Mapping[str, Any]) -> None:
+    """RLHF as it ran here beside the unlearning run: seconds and FLOPs of published numbers of samples."""
+    rlhf, measured = found["rlhf_measured"], found["measured"]
+    table = _table("measured here", "s a sample", "FLOPs a sample", "samples", "hours", "FLOPs")
+    for name, row in rlhf["stages"].items():
+        table.add_row(
+            name, f"{row['seconds_a_sample']:.3g}", f"{row['flops_a_sample']:.2e}", f"{row['samples']:,}",
+            _hours(row["seconds"] / 3600), f"{row['flops']:.2e}",
+        )  # fmt: skip
+    table.add_row("RLHF", "", "", "", _hours(rlhf["seconds"] / 3600), f"{rlhf['flops']:.2e}")
+    samples = measured["forget_samples_a_step"]
+    table.add_row(
+        "unlearning", f"{measured['seconds_a_step'] / samples:.3g}",
+        f"{measured['hardware_flops_a_step'] / samples:.2e}", f"{found['forget_samples']:,}",
+        _hours(found["seconds"] / 3600), f"{found['flops']:.2e}",
+    )  # fmt: skip
+    _print(table)
+    _say(
+        f"unlearning takes {ratio_percent(found['flops'] / rlhf['flops'])} of RLHF's FLOPs and "
+        f"{ratio_percent(found['seconds'] / rlhf['seconds'])} of its time."
+    )
+    _notes({}, MEASURED_ASSUMPTIONS)
+
+
+MEASURED_ASSUMPTIONS = (
+    "RLHF is TRL's SFT, reward model and PPO on the same prompts, batch and devices: four models of one size, one pass "
+    "each, one PPO epoch; weights in fp32, products in the precision of the run; samples padded to the longest of a "
+    "batch. Its samples are the published numbers (DeepSpeed-Chat), as long as those here.",
+    "FLOPs of RLHF are products with weights; of the unlearning run attention and the reference are counted too.",
+)
 
 
 def print_table(device: str) -> None:
@@ -81,8 +115,8 @@ def print_table(device: str) -> None:
         step3 = row["against"]["step3"]
         table.add_row(
             row["model"], row["recipe"], f"{row['flops']:.1e}", _hours(row["device_hours"]),
-            *(_percent(row["against"][name]["flops_ratio"]) for name in DENOMINATORS), _percent(step3["hours_ratio"]),
-            f"{row['samples_at_limit']:,.0f}",
+            *(ratio_percent(row["against"][name]["flops_ratio"]) for name in DENOMINATORS),
+            ratio_percent(step3["hours_ratio"]), f"{row['samples_at_limit']:,.0f}",
         )  # fmt: skip
     costs = _table("RLHF: FLOPs, hours", "devices", *DENOMINATORS)
     for model, row in {row["model"]: row for row in rows}.items():
@@ -135,7 +169,7 @@ def _draw(path: Path, found: Mapping[str, Any]) -> None:
     mine = found["rlhf"][found["against"]]["flops_ratio"]
     axes.plot([run], [mine], marker="D", markersize=9, color="#161b26", markeredgecolor="white", zorder=5)
     right = run > (low * high) ** 0.5
-    axes.annotate(f"this run: {run:,} samples, {_percent(mine)}", (run, mine), (-12, 8) if right else (12, -14),
+    axes.annotate(f"this run: {run:,} samples, {ratio_percent(mine)}", (run, mine), (-12, 8) if right else (12, -14),
                   textcoords="offset points", ha="right" if right else "left", fontweight="bold")  # fmt: skip
     axes.set(xscale="log", yscale="log", xlim=(low, high), xlabel="forget samples (steps x batch)",
              ylim=(limit * low / max(at_limit.values()), limit * high / min(at_limit.values())))  # fmt: skip
@@ -151,18 +185,13 @@ def _draw(path: Path, found: Mapping[str, Any]) -> None:
     axes.legend(frameon=False, loc="upper left", fontsize=9, title="RLHF as", alignment="left")
     model = found["measured"]["model"]
     axes.set_title(
-        f"{model}: unlearning costs {_percent(mine)} of RLHF ({found['against']})", loc="left", fontweight="bold"
+        f"{model}: unlearning costs {ratio_percent(mine)} of RLHF ({found['against']})", loc="left", fontweight="bold"
     )
     figure.savefig(path)
 
 
 def _hours(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
-
-
-def _percent(value: float) -> str:
-    """Three digits, however small: a ratio that reads 0 says nothing."""
-    return f"{float(f'{100 * value:.3g}'):,.12f}".rstrip("0").rstrip(".") + " %"
 
 
 def _table(*titles: str):

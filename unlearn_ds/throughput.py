@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +12,40 @@ from unlearn_ds import model as models
 from unlearn_ds.config import RunConfig, StopConfig, replace
 from unlearn_ds.cost import devices
 from unlearn_ds.cost.rlhf import Actor, Cluster
-from unlearn_ds.data.encode import Encoder
 from unlearn_ds.heartbeat import Heartbeat
 from unlearn_ds.loop import Run
 from unlearn_ds.profiler import Profiler, warm
 from unlearn_ds.registry import SCENARIOS, resolve
+from unlearn_ds.rlhf import measure as rlhf_measure
+from unlearn_ds.rlhf import stages
+from unlearn_ds.rlhf.preferences import preferences
+from unlearn_ds.rlhf.recipe import Recipe
 
 DEFAULT_DEVICE = "A100-80G"
 """What RLHF is modelled on where nothing is known of the device that was measured."""
 
 
-def main(config: RunConfig, num_steps: int, against: str, device: str, num_devices: int) -> None:
+def main(
+    config: RunConfig, num_steps: int, against: str, device: str, num_devices: int, with_rlhf: bool = False
+) -> None:
     """Measure, project the ``max_steps`` of ``config``, print, and write JSON and plot into its output folder.
 
-    device, num_devices: of the cluster that RLHF is modelled on; "" for the device that is measured."""
+    device, num_devices: of the cluster that RLHF is modelled on; "" for the device that is measured. with_rlhf: run a
+    few steps of SFT, reward model and PPO here too.
+    """
+    if with_rlhf:
+        stages.check_installed()
+    if not config.log.verbose:
+        log.quiet()  # once more: DeepSpeed sets the level of its logger on import
     measured, actor = measure(config, num_steps)
+    rlhf = measure_rlhf(config, num_steps) if with_rlhf else None
     if dist.is_main():
         cluster = Cluster(device or devices.memory_name(measured["device"]) or DEFAULT_DEVICE, num_devices)
         found = projection.project(measured, actor, config.optim.max_steps, against, cluster)
         projection.print_projection(found)
+        if rlhf is not None:
+            found["rlhf_measured"] = rlhf
+            projection.print_measured_rlhf(found)
         for path in projection.write(Path(config.output_dir or ""), found):
             log.say(f"written     {path}")
 
@@ -49,6 +65,20 @@ def measure(config: RunConfig, num_steps: int) -> tuple[dict[str, Any], Actor]:
     return figures(config, run.profiler, size.total), actor
 
 
+def measure_rlhf(config: RunConfig, num_steps: int) -> dict[str, Any]:
+    """A few steps of each stage of RLHF on the same model, prompts, batch and devices, scaled to published samples."""
+    path = embedded.locate(config.model.path)
+    encoder = build.encoder(config, path)
+    data = resolve("scenario", config.scenario, SCENARIOS).load(config, encoder)
+    learned = preferences(data, encoder)
+    with tempfile.TemporaryDirectory(dir=config.output_dir, ignore_cleanup_errors=True) as folder:
+        # One folder for all ranks: the main one's.
+        setting = stages.setting(config, encoder, Path(dist.gather_objects(folder)[0]), engine.synchronize)
+        found = rlhf_measure.measure(path, learned, num_steps, Recipe(batch=config.optim.batch_size), setting)
+        dist.barrier()
+    return found
+
+
 def build_run(config: RunConfig, num_steps: int) -> Run:
     """The run of ``config`` with ``num_steps`` steps, and without evaluations, checkpoints and memorizing first."""
     short = replace(
@@ -61,10 +91,7 @@ def build_run(config: RunConfig, num_steps: int) -> Run:
     values = ds_json.load(config.engine.ds_config)
     build.check_offload(config, values)
     path = embedded.locate(config.model.path)
-    encoder = Encoder(
-        models.load_tokenizer(path, config.model.revision), config.data.template, config.data.system_prompt,
-        config.data.max_length,
-    )  # fmt: skip
+    encoder = build.encoder(config, path)
     data = resolve("scenario", config.scenario, SCENARIOS).load(config, encoder)
     policy = build.policy(short, path, values, device)
     loader = build.loader(short, encoder, data, data.forget["train"])

@@ -21,7 +21,6 @@ from unlearn_ds import (
     report,
     run_folder,
 )
-from unlearn_ds import model as models
 from unlearn_ds.config import RunConfig
 from unlearn_ds.data import sources
 from unlearn_ds.data.encode import Encoder
@@ -58,8 +57,7 @@ def unlearn(config: RunConfig, device: torch.device) -> int:
     stopping = build.stopping(config)
 
     path = embedded.locate(config.model.path)
-    tokenizer = models.load_tokenizer(path, config.model.revision)
-    encoder = Encoder(tokenizer, config.data.template, config.data.system_prompt, config.data.max_length)
+    encoder = build.encoder(config, path)
     data = scenario.load(config, encoder)
     report_data(config, data, encoder, folder)
     evaluator = Evaluator(config.eval, scenario, data, encoder) if config.eval.enabled else None
@@ -97,9 +95,9 @@ def unlearn(config: RunConfig, device: torch.device) -> int:
             card = run_folder.model_card(config, record.values, encoder.template)
             with profiler.clock.phase("save"):
                 if config.lora.export == "separate":
-                    export.adapter(policy, folder / "model", tokenizer, card, base=path)
+                    export.adapter(policy, folder / "model", encoder.tokenizer, card, base=path)
                 else:
-                    export.whole_model(policy, folder / "model", tokenizer, card)
+                    export.whole_model(policy, folder / "model", encoder.tokenizer, card)
     profiler.finish(folder)
     # Written last: what says that it has finished is not run again.
     record.end({**outcome._asdict(), **stopping.summary()})

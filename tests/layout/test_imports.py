@@ -58,10 +58,10 @@ LEVELS = {
         "projection",
         "sizing",
     ],
-    4: ["evaluate", "choose", "scaling", "build", "prepare", "own_answers", "export", "comparison"],
+    4: ["evaluate", "choose", "scaling", "build", "prepare", "own_answers", "export", "comparison", "rlhf"],
     5: ["loop", "plan", "doctor"],
     6: ["memorize", "command"],
-    7: ["trainer", "throughput"],
+    7: ["trainer", "throughput", "against_rlhf"],
 }
 LEVEL_OF = {room: level for level, rooms in LEVELS.items() for room in rooms}
 
@@ -72,6 +72,8 @@ LAUNCHERS_MAY_IMPORT = {
     "command",
     "trainer",
     "throughput",
+    "against_rlhf",
+    "rlhf",
     "projection",
     "doctor",
     "plan",

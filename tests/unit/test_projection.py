@@ -2,7 +2,7 @@
 
 import pytest
 
-from unlearn_ds import projection
+from unlearn_ds import drawing, projection
 from unlearn_ds.cost import devices, ratio, rlhf
 
 ACTOR = rlhf.ARCHITECTURES["Llama-2-7B"].actor
@@ -41,7 +41,7 @@ def test_a_device_is_known_by_its_name_or_not_at_all(name, memory, achievable):
     (1.0, "100 %"),
 ])  # fmt: skip
 def test_a_ratio_has_three_digits_however_small(value, text):
-    assert projection._percent(value) == text
+    assert drawing.ratio_percent(value) == text
 
 
 def test_the_tables_of_the_readme_are_what_the_command_prints(capsys, repository):

@@ -1,0 +1,32 @@
+"""Flags of RLHF's recipe."""
+
+from __future__ import annotations
+
+import pytest
+
+from unlearn_ds.config import UsageError
+from unlearn_ds.rlhf import recipe
+
+
+def test_flags_set_what_they_name_and_the_batch_is_the_runs():
+    found = recipe.parse({"rlhf.ppo_epochs": "4", "rlhf.kl_coefficient": "0.1"}, batch=3)
+    assert found == recipe.Recipe(batch=3, ppo_epochs=4, kl_coefficient=0.1)
+    assert recipe.parse({"rlhf.batch": "2"}, batch=3).batch == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"rlhf.ppo_epoch": "1"}, "did you mean --rlhf.ppo_epochs"),
+        ({"rlhf.ppo_epochs": "1.5"}, "--rlhf.ppo_epochs takes a whole number above 0; got '1.5'"),
+        ({"rlhf.sft_learning_rate": "fast"}, "--rlhf.sft_learning_rate takes a number above 0; got 'fast'"),
+        ({"rlhf.sft_learning_rate": "-1"}, "takes a number above 0"),
+    ],
+)
+def test_a_mistake_is_told(flags, told):
+    with pytest.raises(UsageError, match=told):
+        recipe.parse(flags, batch=1)
+
+
+def test_the_help_names_every_flag():
+    assert all(f"--rlhf.{name}" in recipe.help_text() for name in recipe.Recipe._fields)
