@@ -46,6 +46,10 @@ def test_the_main_rank_refuses_a_busy_port_and_torchruns_agent_may_have_it(confi
             monkeypatch.setenv(name, value)
         with pytest.raises(UsageError, match=f"{socket.gethostname()}: port {port} is busy"):
             doctor.before_run(config)
+        # Two runs on the GPUs of one machine: deepspeed gives a single rank the same port too.
+        monkeypatch.setenv("WORLD_SIZE", "1")
+        with pytest.raises(UsageError, match=f"^port {port} is busy"):
+            doctor.before_run(config)
         monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
         doctor.before_run(config)
 

@@ -98,7 +98,7 @@ def of_this_rank(config: RunConfig) -> Subject:
     index = rank // local
     names = tuple(socket.gethostname() if n == index else f"node {n}" for n in range(-(-world // local)))
     # torchrun's agent listens on the port already, and the main rank joins its store.
-    theirs = rank != 0 or world == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    theirs = rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     number = None if theirs else os.environ.get("MASTER_PORT")
     master = os.environ.get("MASTER_ADDR")
     given = os.environ.get("GPUS_PER_NODE", "")
