@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from unlearn_ds import arguments, log, sizing
 from unlearn_ds.config import RunConfig, UsageError, replace
-from unlearn_ds.cost.interconnect import CLUSTERS, Cluster
+from unlearn_ds.cost.interconnect import CLUSTERS, NodeKind
 from unlearn_ds.cost.memory import memory_plan
 from unlearn_ds.cost.scaling import StepTime, predict
 from unlearn_ds.registry import did_you_mean
@@ -48,7 +48,7 @@ def lines(preset: str, scenario: str, cluster_name: str, lora_rank: int = 0, tok
     ]
 
 
-def point(config: RunConfig, label: str, gpus: int, cluster: Cluster, tokens: int) -> Point:
+def point(config: RunConfig, label: str, gpus: int, cluster: NodeKind, tokens: int) -> Point:
     """Step and memory of one configuration; a quarter of the tokens has a KL."""
     ranks = Machine(gpus // cluster.gpus_per_node, cluster.gpus_per_node, cluster.memory_gib * GIB, None)
     shape, num_adapter = sizing.shape_of(config)

@@ -40,11 +40,14 @@ def test_open_rlhf_never_ran_faster_than_the_model_and_at_most_four_times_slower
 
 
 @pytest.mark.parametrize(("name", "billions"), [("OPT-1.3B", 1.316), ("Llama-2-7B", 6.738), ("Llama-2-13B", 13.016),
-                                                ("Llama-2-70B", 68.977), ("OPT-350M", 0.331)])  # fmt: skip
+                                                ("Llama-2-70B", 68.977)])  # fmt: skip
 def test_sizes_are_those_of_the_models(name, billions):
-    # 350M alone has embeddings half as wide as its layers.
-    tolerance = 0.07 if name == "OPT-350M" else 0.005
-    assert rlhf.ARCHITECTURES[name].size.total == pytest.approx(billions * 1e9, rel=tolerance)
+    assert rlhf.ACTORS[name].size.total == pytest.approx(billions * 1e9, rel=0.005)
+
+
+def test_the_small_critic_multiplies_what_350m_does():
+    # It alone has embeddings half as wide as its layers.
+    assert rlhf.matrices(rlhf.ACTORS[rlhf.SMALL_CRITIC].size) == pytest.approx(0.331e9, rel=0.07)
 
 
 def test_kinds_of_work_add_up_to_the_known_multiples():
@@ -59,9 +62,9 @@ def test_kinds_of_work_add_up_to_the_known_multiples():
 
 def test_every_denominator_is_what_it_says():
     samples = rlhf.Samples()
-    size = rlhf.ARCHITECTURES["OPT-13B"].size
+    size = rlhf.ACTORS["OPT-13B"].size
     spent = {name: sum(count(size, samples).values()) for name, (_, count) in rlhf.DENOMINATORS.items()}
-    actor, critic = rlhf.matrices(size), rlhf.matrices(rlhf.ARCHITECTURES["OPT-350M"].size)
+    actor, critic = rlhf.matrices(size), rlhf.matrices(rlhf.ACTORS["OPT-350M"].size)
     tokens = samples.tokens
     assert spent["step3"] == (14 * actor + 12 * critic) * tokens
     before = 8 * (actor * 132_146 + critic * 2 * 264_292) * 512
@@ -76,7 +79,7 @@ def test_a_small_actor_has_no_larger_critic():
 
 
 def test_decoding_is_bound_by_memory_until_the_batch_is_large():
-    actor, samples = rlhf.ARCHITECTURES["Llama-2-7B"].actor, rlhf.Samples(batch=8)
+    actor, samples = rlhf.ACTORS["Llama-2-7B"], rlhf.Samples(batch=8)
     size, cluster = rlhf.matrices(actor.size), rlhf.Cluster("A100-80G", 8)
     alone = rlhf.decoding(actor, samples, cluster, size)
     assert alone.batch == 1
@@ -90,7 +93,7 @@ def test_decoding_is_bound_by_memory_until_the_batch_is_large():
 
 
 def test_what_does_not_fit_is_generated_in_rounds_or_on_several_devices():
-    actor, samples = rlhf.ARCHITECTURES["OPT-66B"].actor, rlhf.Samples()
+    actor, samples = rlhf.ACTORS["OPT-66B"], rlhf.Samples()
     found = rlhf.decoding(actor, samples, rlhf.Cluster("A100-80G", 16), 66e9)
     assert found.devices_a_copy == 4 and found.batch < samples.batch / 16
 

@@ -5,7 +5,7 @@ import pytest
 from unlearn_ds import drawing, projection
 from unlearn_ds.cost import devices, ratio, rlhf
 
-ACTOR = rlhf.ARCHITECTURES["Llama-2-7B"].actor
+ACTOR = rlhf.ACTORS["Llama-2-7B"]
 MEASURED = {
     "device": "NVIDIA A100-SXM4-80GB", "ranks": 4, "seconds_a_step": 9.0, "hardware_flops_a_step": 1e15,
     "forget_samples_a_step": 32,

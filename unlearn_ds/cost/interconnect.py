@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 
-class Cluster(NamedTuple):
+class NodeKind(NamedTuple):
     """A kind of node: device (as in devices.py), its memory in GiB, and bandwidths a GPU in bytes/s and one direction.
 
     nvlink: within a node. network: between nodes. host: between a GPU and host memory. The data sheets' values; of
@@ -21,15 +21,15 @@ class Cluster(NamedTuple):
     host: float
 
 
-CLUSTERS: Mapping[str, Cluster] = {
+CLUSTERS: Mapping[str, NodeKind] = {
     # DGX A100: NVLink 3, 600 GB/s both ways a GPU; eight 200 Gb/s InfiniBand cards a node; PCIe 4.0 x16.
-    "a100": Cluster("A100", 80, 8, 300e9, 25e9, 25e9),
+    "a100": NodeKind("A100", 80, 8, 300e9, 25e9, 25e9),
     # p4d.24xlarge and clusters like it: 400 Gb/s a node for eight GPUs.
-    "a100-400g": Cluster("A100", 40, 8, 300e9, 6.25e9, 25e9),
+    "a100-400g": NodeKind("A100", 40, 8, 300e9, 6.25e9, 25e9),
     # DGX H100: NVLink 4, 900 GB/s both ways a GPU; eight 400 Gb/s InfiniBand cards a node; PCIe 5.0 x16.
-    "h100": Cluster("H100", 80, 8, 450e9, 50e9, 50e9),
+    "h100": NodeKind("H100", 80, 8, 450e9, 50e9, 50e9),
     # A node with a single 400 Gb/s card or Ethernet port for eight GPUs.
-    "h100-400g": Cluster("H100", 80, 8, 450e9, 6.25e9, 50e9),
+    "h100-400g": NodeKind("H100", 80, 8, 450e9, 6.25e9, 50e9),
 }
 
 BUS_EFFICIENCY = 0.8

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from unlearn_ds.cost.rlhf import ARCHITECTURES, SMALL_CRITIC, Cluster, Samples, before_ppo, matrices, ppo, seconds
+from unlearn_ds.cost.rlhf import ACTORS, SMALL_CRITIC, Cluster, Samples, before_ppo, matrices, ppo, seconds
 
 
 class DeepSpeedChat(NamedTuple):
@@ -88,11 +88,11 @@ def phases() -> list[Residual]:
     Counted as their meter counts: 2 N D over the time of generation alone, 8 N D over that of training actor and
     critic, and both over the two together; it calls that "an approximation", without the reward model's forward.
     """
-    found, critic = [], matrices(ARCHITECTURES[SMALL_CRITIC].size)
+    found, critic = [], matrices(ACTORS[SMALL_CRITIC].size)
     for row in DEEPSPEED_CHAT:
         actor, cluster, samples = row.billions * 1e9, Cluster("A100-80G", row.devices), Samples()
         work = ppo(actor, critic, samples)
-        took = seconds(ARCHITECTURES[row.model].actor, work, samples, cluster, actor, row.billions)
+        took = seconds(ACTORS[row.model], work, samples, cluster, actor, row.billions)
         generate, train = took["generation"], took["training"]
         for what, published, flops, time in (
             ("generation", row.generation, 2 * actor * samples.tokens, generate),
@@ -107,9 +107,9 @@ def phases() -> list[Residual]:
 def stages() -> list[Residual]:
     """Shares of the three stages of OPT-13B in its hours."""
     samples, cluster, actor = Samples(), Cluster("A100-80G", 8), 13e9
-    critic = matrices(ARCHITECTURES[SMALL_CRITIC].size)
+    critic = matrices(ACTORS[SMALL_CRITIC].size)
     work = {**before_ppo(actor, critic, samples), **ppo(actor, critic, samples)}
-    took = seconds(ARCHITECTURES["OPT-13B"].actor, work, samples, cluster, actor, 13.0)
+    took = seconds(ACTORS["OPT-13B"], work, samples, cluster, actor, 13.0)
     modelled = {"sft": took["sft"], "reward model": took["reward model"]}
     modelled["ppo"] = sum(took.values()) - sum(modelled.values())
     published, whole = sum(STAGES_13B.values()), sum(took.values())
@@ -130,7 +130,7 @@ def open_rlhf() -> list[Residual]:
         samples = Samples(answers=1024, prompt=1024, answer=1024)
         size = row.billions * 1e9
         took = seconds(
-            ARCHITECTURES[row.model].actor, ppo(size, size, samples), samples, Cluster("A800", row.devices),
+            ACTORS[row.model], ppo(size, size, samples), samples, Cluster("A800", row.devices),
             2 * size, row.billions,
         )  # fmt: skip
         found.append(Residual(f"{row.model} on {row.devices}, seconds", row.open_rlhf, sum(took.values())))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from unlearn_ds.cost.flops import ModelSize
-from unlearn_ds.cost.rlhf import ARCHITECTURES, DENOMINATORS, Actor, Cluster, Samples, seconds, share_of_peak
+from unlearn_ds.cost.rlhf import ACTORS, DENOMINATORS, Actor, Cluster, Samples, seconds, share_of_peak
 
 LIMIT = 0.02
 """The paper's "2 % of the computational time of RLHF" (arXiv 2310.10683), measured there as run time on one A100."""
@@ -103,7 +103,7 @@ def table(samples: Samples | None = None, device: str = "A100-80G") -> list[dict
     """One row for each model and recipe: FLOPs, device-hours, ratios, and the forget samples that reach ``LIMIT``."""
     samples, rows = samples or Samples(), []
     for model, num_devices in MODELS.items():
-        actor, cluster = ARCHITECTURES[model].actor, Cluster(device, num_devices)
+        actor, cluster = ACTORS[model], Cluster(device, num_devices)
         for name, (meaning, recipe) in RECIPES.items():
             flops = recipe.steps * flops_a_step(actor.size, recipe)
             hours = modelled_hours(actor, flops, cluster)

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from unlearn_ds.cost import devices
+from unlearn_ds.cost import devices, shapes
 from unlearn_ds.cost.flops import ModelSize
+from unlearn_ds.cost.shapes import Shape
 
 COMPUTE = 0.38
 """Share of the specified peak that wide matrices reach in training and scoring, recomputation counted as work."""
@@ -36,52 +37,21 @@ class Actor(NamedTuple):
     kv_width: int
 
 
-class Architecture(NamedTuple):
-    """Sizes of a decoder as its configuration gives them. gated: three matrices in the MLP instead of two."""
-
-    num_layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    vocab: int
-    gated: bool
-    tied: bool
-
-    @property
-    def actor(self) -> Actor:
-        return Actor(self.size, self.kv_width)
-
-    @property
-    def kv_width(self) -> int:
-        return self.hidden * self.kv_heads // self.heads
-
-    @property
-    def size(self) -> ModelSize:
-        """Parameters by use; biases, norms and positions, less than 0.5 % together, are left out."""
-        attention = 2 * self.hidden * (self.hidden + self.kv_width)
-        mlp = (3 if self.gated else 2) * self.hidden * self.intermediate
-        body, head = self.num_layers * (attention + mlp), self.vocab * self.hidden
-        total = body + head * (1 if self.tied else 2)
-        return ModelSize(body, head, total, self.num_layers, self.hidden, self.vocab)
+def _actor(shape: Shape) -> Actor:
+    return Actor(shape.size(), shape.num_kv_heads * shape.head_dim)
 
 
-# From the models' configurations on the hub. The three below are those of DeepSpeed-Chat's table.
-# fmt: off
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "OPT-350M":    Architecture(24, 1024, 4096, 16, 16, 50272, False, True),
-    "OPT-1.3B":    Architecture(24, 2048, 8192, 32, 32, 50272, False, True),
-    "OPT-6.7B":    Architecture(32, 4096, 16384, 32, 32, 50272, False, True),
-    "OPT-13B":     Architecture(40, 5120, 20480, 40, 40, 50272, False, True),
-    "OPT-30B":     Architecture(48, 7168, 28672, 56, 56, 50272, False, True),
-    "OPT-66B":     Architecture(64, 9216, 36864, 72, 72, 50272, False, True),
-    "OPT-175B":    Architecture(96, 12288, 49152, 96, 96, 50272, False, True),
-    "Llama-2-7B":  Architecture(32, 4096, 11008, 32, 32, 32000, True, False),
-    "Llama-2-13B": Architecture(40, 5120, 13824, 40, 40, 32000, True, False),
-    "CodeLlama-34B": Architecture(48, 8192, 22016, 64, 8, 32000, True, False),
-    "Llama-2-70B": Architecture(80, 8192, 28672, 64, 8, 32000, True, False),
-}
-# fmt: on
+ACTORS: Mapping[str, Actor] = {
+    **{f"OPT-{name}": _actor(shapes.opt_of(*numbers)) for name, numbers in {
+        "350M": (1024, 24, 16), "1.3B": (2048, 24, 32), "6.7B": (4096, 32, 32), "13B": (5120, 40, 40),
+        "30B": (7168, 48, 56), "66B": (9216, 64, 72), "175B": (12288, 96, 96),
+    }.items()},
+    **{name: _actor(shapes.llama_of(*numbers)) for name, numbers in {
+        "Llama-2-7B": (4096, 32, 32, 32, 11008, 32000), "Llama-2-13B": (5120, 40, 40, 40, 13824, 32000),
+        "CodeLlama-34B": (8192, 48, 64, 8, 22016, 32000), "Llama-2-70B": (8192, 80, 64, 8, 28672, 32000),
+    }.items()},
+}  # fmt: skip
+"""From the models' configurations on the hub: hidden size, layers, heads; of Llama also key heads, MLP, vocabulary."""
 SMALL_CRITIC = "OPT-350M"
 """DeepSpeed-Chat's reward model and critic at every size of the actor; for a smaller actor they are of its size."""
 
@@ -160,7 +130,7 @@ def before_ppo(actor: float, critic: float, samples: Samples) -> Work:
 
 
 def _critic(size: ModelSize) -> float:
-    return min(matrices(size), matrices(ARCHITECTURES[SMALL_CRITIC].size))
+    return min(matrices(size), matrices(ACTORS[SMALL_CRITIC].size))
 
 
 def _step3(size: ModelSize, samples: Samples) -> Work:

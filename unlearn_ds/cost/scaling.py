@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from unlearn_ds.cost import devices
 from unlearn_ds.cost.communication import Volume, communication
-from unlearn_ds.cost.interconnect import BUS_EFFICIENCY, HOP_LATENCY, LATENCY, Cluster
+from unlearn_ds.cost.interconnect import BUS_EFFICIENCY, HOP_LATENCY, LATENCY, NodeKind
 from unlearn_ds.cost.setup import Setup
 from unlearn_ds.cost.shapes import Shape
 
@@ -51,7 +51,7 @@ class StepTime(NamedTuple):
         return "network" if self.network >= self.nvlink else "nvlink"
 
 
-def predict(shape: Shape, setup: Setup, cluster: Cluster) -> StepTime:
+def predict(shape: Shape, setup: Setup, cluster: NodeKind) -> StepTime:
     """Seconds of a step under ``setup`` on GPUs of ``cluster``; ``KeyError`` for a device without known peak."""
     peak = devices.peak_flops(cluster.device)
     if peak is None:
@@ -82,7 +82,7 @@ def compute_seconds(shape: Shape, setup: Setup, flops_per_second: float) -> tupl
     return forward * setup.accumulation / flops_per_second, backward * setup.accumulation / flops_per_second
 
 
-def traffic_seconds(volume: Volume, setup: Setup, cluster: Cluster) -> tuple[float, float]:
+def traffic_seconds(volume: Volume, setup: Setup, cluster: NodeKind) -> tuple[float, float]:
     """Seconds on the network and on NVLink, which run at once.
 
     Of tensors of ``num_bytes`` that all ranks of n nodes join or sum, each node takes in (n - 1) / n over all of its

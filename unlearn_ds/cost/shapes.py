@@ -113,6 +113,16 @@ def _opt(hidden: int, layers: int, heads: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def llama_of(*numbers: int) -> Shape:
+    """Hidden size, layers, heads, key heads, width of the MLP, vocabulary."""
+    return llama(_llama(*numbers))
+
+
+def opt_of(*numbers: int) -> Shape:
+    """Hidden size, layers, heads."""
+    return opt(_opt(*numbers))
+
+
 PUBLIC: Mapping[str, Mapping[str, Any]] = {
     "facebook/opt-1.3b": _opt(2048, 24, 32),
     "facebook/opt-2.7b": _opt(2560, 32, 32),

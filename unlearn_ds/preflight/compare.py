@@ -25,7 +25,7 @@ class MemoryPlan(NamedTuple):
     missing: str = ""
 
 
-class Cluster(NamedTuple):
+class Examined(NamedTuple):
     """The nodes that have answered, the run, and its memory plan."""
 
     subject: Subject
@@ -35,13 +35,13 @@ class Cluster(NamedTuple):
 
 def compare(subject: Subject, reports: Sequence[Report], plan: MemoryPlan) -> list[Finding]:
     """The findings of every check of ``CLUSTER_CHECKS``; each names the nodes that it is about."""
-    cluster, found = Cluster(subject, [report for report in reports if report.facts], plan), []
+    cluster, found = Examined(subject, [report for report in reports if report.facts], plan), []
     for name, target in CLUSTER_CHECKS.items() if cluster.reports else ():
         found += [finding._replace(check=name) for finding in resolve("check", name, {name: target})(cluster)]
     return found
 
 
-def _differing(cluster: Cluster, subject: str, do: str, status: str = "fail") -> list[Finding]:
+def _differing(cluster: Examined, subject: str, do: str, status: str = "fail") -> list[Finding]:
     """A finding for each node whose facts are not those of most nodes, naming both values."""
     if len(cluster.reports) == 1:
         return [skipped("one node")]
@@ -56,28 +56,28 @@ def _differing(cluster: Cluster, subject: str, do: str, status: str = "fail") ->
     return found or [ok("; ".join(f"{name} {value}" for name, value in usual.items() if not name.startswith("--")))]
 
 
-def _usual(cluster: Cluster, subject: str, name: str) -> str:
+def _usual(cluster: Examined, subject: str, name: str) -> str:
     """What most nodes say; the main node, where as many say one thing as another."""
     values = [report.facts.get(subject, {}).get(name, "none") for report in cluster.reports]
     return Counter(values).most_common(1)[0][0]
 
 
-def software(cluster: Cluster) -> list[Finding]:
+def software(cluster: Examined) -> list[Finding]:
     """One Python, one set of packages, one commit, one code."""
     return _differing(cluster, "software", "install the same environment and check out the same commit on this node")
 
 
-def devices(cluster: Cluster) -> list[Finding]:
+def devices(cluster: Examined) -> list[Finding]:
     """The same number and model of GPUs, and the same driver, CUDA and NCCL."""
     return _differing(cluster, "devices", "run on like nodes (--include, --exclude), and update driver or packages")
 
 
-def run(cluster: Cluster) -> list[Finding]:
+def run(cluster: Examined) -> list[Finding]:
     """The same flags and the same data by content."""
     return _differing(cluster, "run", "copy the same data files and DeepSpeed JSON to this node, or share a disk")
 
 
-def clocks(cluster: Cluster) -> list[Finding]:
+def clocks(cluster: Examined) -> list[Finding]:
     """Clocks that agree, corrected for the time that asking takes."""
     known = [(report, report.skew) for report in cluster.reports if report.skew]
     if len(known) < 2:
@@ -95,7 +95,7 @@ def clocks(cluster: Cluster) -> list[Finding]:
     return found or [ok(f"at most {largest:.2f} s apart")]
 
 
-def shared_output(cluster: Cluster) -> list[Finding]:
+def shared_output(cluster: Examined) -> list[Finding]:
     """Whether all nodes see one output folder, which resuming and stop rules that go back need."""
     known = [report for report in cluster.reports if report.sees is not None]
     if len(known) < 2:
@@ -116,7 +116,7 @@ def shared_output(cluster: Cluster) -> list[Finding]:
     return found or [ok(f"all nodes see one {config.output_dir}")]
 
 
-def main_node(cluster: Cluster) -> list[Finding]:
+def main_node(cluster: Examined) -> list[Finding]:
     """The main rank's address and port, tried from every node while the main node listened there."""
     if len(cluster.reports) == 1:
         return [skipped("one node")]
@@ -129,7 +129,7 @@ def main_node(cluster: Cluster) -> list[Finding]:
     return [ok(f"{tried[0][1].seen} to all {len(tried)} nodes")]
 
 
-def memory(cluster: Cluster) -> list[Finding]:
+def memory(cluster: Examined) -> list[Finding]:
     """The memory plan of one rank against every node. The plan takes rows as long as ``--data.max_length`` allows, so
     what only activations exceed is a warning."""
     plan = cluster.plan

@@ -3,7 +3,7 @@
 import pytest
 
 from unlearn_ds.preflight import compare
-from unlearn_ds.preflight.compare import Cluster, MemoryPlan
+from unlearn_ds.preflight.compare import Examined, MemoryPlan
 from unlearn_ds.preflight.findings import fail, ok
 from unlearn_ds.preflight.node import Report, from_json, to_json
 
@@ -24,7 +24,7 @@ def report(node, **more):
 @pytest.fixture
 def cluster(subject):
     def make(*reports, plan=None, **flags):
-        return Cluster(subject(nodes=NODES[: len(reports)], **flags), [*reports], plan or MemoryPlan())
+        return Examined(subject(nodes=NODES[: len(reports)], **flags), [*reports], plan or MemoryPlan())
 
     return make
 
