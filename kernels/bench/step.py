@@ -2,13 +2,14 @@
 
     python kernels/bench/step.py [--forget 8] [--num_mismatch 5] [--pairs 3] [--plain fp32] [--ours bf16]
                                  [--against plain|apart] [--scenario NAME --forget_data FILE --retain_data FILE]
-                                 [--activation_checkpointing] [--output FILE.csv]
+                                 [--reference offload|cached] [--activation_checkpointing] [--output FILE.csv]
 
 Plain: three right-padded forwards (forget, K mismatch answers, retain) with logits of every position in fp32, a KL as
 the published code writes it, a resident copy as reference, torch's AdamW, in fp32 as published. Ours: the engine, the
-packed batch and the fused loss as a run uses them, ZeRO-3 with the reference offloaded. Apart: ours without shared
-prompts. Same rows, same model, same machine; the embedded sample unless files are given. Reported: forget rows a second
-and peak memory of the process, and their ratios pair by pair.
+packed batch and the fused loss as a run uses them, ZeRO-3 with the reference offloaded, or cached on disk (made before
+the first step: not counted). Apart: ours without shared prompts. Same rows, same model, same machine; the embedded
+sample unless files are given. Reported: forget rows a second and peak memory of the process, and their ratios pair by
+pair.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3, help="pairs of processes")
     parser.add_argument("--plain", choices=("fp32", "bf16"), default="fp32", help="precision of the plain side")
     parser.add_argument("--ours", choices=("fp32", "bf16"), default="bf16", help="precision of our side")
+    parser.add_argument("--reference", choices=("offload", "resident", "cached"), default="offload", help="of our side")
     parser.add_argument("--activation_checkpointing", action="store_true", help="of our side")
     parser.add_argument("--output", help="CSV file for the results")
     options = parser.parse_args()
@@ -79,7 +81,8 @@ def compare(options: argparse.Namespace) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
     print(f"median of {len(lines)} pairs: {rows:.2f} x rows a second, {memory:.2f} x peak memory; torch "
           f"{torch.__version__}, {device}, {options.forget} forget rows, K={options.num_mismatch}, "
-          f"ours {options.ours}{' with activation checkpointing' * options.activation_checkpointing}, "
+          f"ours {options.ours}, reference {options.reference}"
+          f"{' with activation checkpointing' * options.activation_checkpointing}, "
           f"against {options.against}{f' {options.plain}' if options.against == 'plain' else ''}")  # fmt: skip
     if options.output:
         with open(options.output, "w", newline="", encoding="utf-8") as file:
@@ -92,7 +95,7 @@ def side(which: str, options: argparse.Namespace) -> dict[str, float]:
     """One side in a process of its own."""
     command = [sys.executable, __file__, "--which", which, "--forget", str(options.forget),
                "--num_mismatch", str(options.num_mismatch), "--plain", options.plain,
-               "--ours", options.ours]  # fmt: skip
+               "--ours", options.ours, "--reference", options.reference]  # fmt: skip
     command += ["--activation_checkpointing"] * options.activation_checkpointing
     for name in ("scenario", "forget_data", "retain_data"):
         command += [f"--{name}", getattr(options, name)] if getattr(options, name) else []
@@ -113,7 +116,7 @@ def sample_rows(options: argparse.Namespace, share_prompts: bool = False):
         "forget_bound": 0.0, "max_steps": 100,
         "eps_forget": 0.5, "eps_mismatch": 1.0, "eps_retain": 1.0, "learning_rate": 2e-6, "gradient_clipping": 0.0,
         "activation_checkpointing": options.activation_checkpointing, "share_prompts": share_prompts,
-        "scenario": options.scenario,
+        "scenario": options.scenario, "reference": options.reference,
         **{name: getattr(options, name) for name in ("forget_data", "retain_data") if getattr(options, name)},
     })  # fmt: skip
     path = embedded.locate(config.model.path)
