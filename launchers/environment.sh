@@ -52,13 +52,22 @@ slots_of() { sed -e 's/#.*//' "$1" | awk 'NF { split($2, part, "="); total += pa
 free_port_on() {
   ssh -o BatchMode=yes -o ConnectTimeout=10 "$1" "$PYTHON" - <<< \
     'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])' ||
-    fail "ssh $1 does not work; python -m unlearn_ds.doctor --hostfile FILE says why"
+    fail "ssh $1 does not work: try it by hand. Ranks on this machine alone need none: no_ssh.sh or torchrun.sh"
+}
+
+# Ends where something listens on a port of this node already.
+check_port() {
+  "$PYTHON" - "$1" <<< 'import socket, sys; socket.create_server(("", int(sys.argv[1]))).close()' 2> /dev/null ||
+    fail "port $1 of this node is busy, or no port: set MASTER_PORT to a free one on all nodes"
 }
 
 fail() {
   echo "error: $1" >&2
   exit 2
 }
+
+# Ends with the words on how a script is used where it was given none.
+need_hostfile() { (($#)) || fail "usage: bash ${BASH_SOURCE[1]} HOSTFILE [FLAG ...]"; }
 
 # What hostfile.sh and mpi.sh do before they start anything: hosts, the first one's address, a port, the doctor.
 prepare_nodes() { # HOSTFILE [FLAG ...]

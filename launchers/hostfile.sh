@@ -6,7 +6,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-: "${1:?usage: bash launchers/hostfile.sh HOSTFILE [FLAG ...]}"
+need_hostfile "$@"
 command -v pdsh > /dev/null || fail "pdsh is not installed; without it run launchers/no_ssh.sh on each node"
 prepare_nodes "$@"
 shift

@@ -4,7 +4,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-: "${1:?usage: bash launchers/mpi.sh HOSTFILE [FLAG ...]}"
+need_hostfile "$@"
 command -v mpirun > /dev/null || fail "mpirun is not installed"
 mpirun --version | grep -q "Open MPI" || fail "$(command -v mpirun) is not Open MPI's; its options differ"
 prepare_nodes "$@"

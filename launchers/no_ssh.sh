@@ -5,7 +5,8 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-HOSTFILE="${1:?usage: [NODE_RANK=n] bash launchers/no_ssh.sh HOSTFILE [FLAG ...]}"
+need_hostfile "$@"
+HOSTFILE="$1"
 shift
 [[ -r $HOSTFILE ]] || fail "no hostfile $HOSTFILE"
 mapfile -t HOSTS < <(hosts_of "$HOSTFILE")

@@ -14,8 +14,9 @@ def main(
 ) -> None:  # fmt: skip
     """Print a table of step times and, with --plot FILE.png, draw them.
 
-    preset, cluster: names, several with commas; clusters are those of unlearn_ds/cost/interconnect.py. lora_rank: 0
-    trains all weights, the default. tokens: of a GPU's micro-batch.
+    preset, cluster: names, several with commas. Clusters: h100, a100 (400 and 200 Gb/s between nodes for every GPU),
+    h100-400g, a100-400g (400 Gb/s for all eight GPUs of a node together). lora_rank: 0 trains all weights, the default.
+    tokens: of a GPU's micro-batch.
     """
     from unlearn_ds import scaling
 
@@ -23,6 +24,7 @@ def main(
     found = {(p, c): scaling.lines(p, scenario, c, lora_rank, tokens) for p in presets for c in clusters}
     for (name, on), points in found.items():
         scaling.say(name, on, points)
+    scaling.say_assumptions()
     if plot:
         scaling.draw(found, plot)
 

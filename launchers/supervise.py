@@ -87,6 +87,9 @@ def supervise(command: Sequence[str], ranks_elsewhere: bool) -> int:
         returned = wait(child, asked, None if ranks_elsewhere else folder)
         if ranks_elsewhere:
             return known(returned)
+        if asked and not read(folder, "joined") and not read(folder, "code"):
+            print("end         before the ranks had met: stopped by a signal, nothing to save", flush=True)
+            return STOPPED
         return exit_code(returned, read(folder, "code"), len(read(folder, "pid")))
 
 
@@ -108,8 +111,8 @@ def wait(child: subprocess.Popen[bytes], asked: Sequence[float], folder: Path | 
             if not handed_on:
                 child.send_signal(signal.SIGUSR1)
             handed_on = True
-        elif read(folder, "pid"):
-            # Again and again: a rank that is still importing its libraries ignores it.
+        elif read(folder, "joined"):
+            # Again and again: a rank that has just met the others ignores it.
             signal_ranks(folder)
         else:  # it waits for other nodes, and there is nothing to save
             kill_tree(child.pid)

@@ -20,6 +20,8 @@ if [[ -z $GPUS_PER_NODE || $GPUS_PER_NODE == auto || $GPUS_PER_NODE == gpu ]]; t
   fi
   ((GPUS_PER_NODE > 0)) || GPUS_PER_NODE=1
 fi
+[[ $GPUS_PER_NODE =~ ^[0-9]+$ ]] || fail "GPUS_PER_NODE is a number; got '$GPUS_PER_NODE'"
+((NODE_RANK)) || check_port "$MASTER_PORT"
 if ((NNODES > 1)) && [[ -z $MASTER_ADDR ]]; then
   fail "NNODES is $NNODES and MASTER_ADDR is unset: give all nodes the name of node 0"
 fi
@@ -27,7 +29,7 @@ fi
 unset "${!PET_@}"
 
 # Slurm and Kubernetes may send SIGTERM to every process of a node: torchrun would kill its ranks while they save.
-exec "$PYTHON" "$LAUNCHERS/supervise.py" "$PYTHON" -m torch.distributed.run \
+exec "$PYTHON" "$LAUNCHERS/supervise.py" "$PYTHON" "$LAUNCHERS/agent.py" \
   --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$GPUS_PER_NODE" \
   --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "$MASTER_PORT" --max_restarts 0 --signals_to_handle SIGQUIT \
   "$LAUNCHERS/train.py" "$@"

@@ -20,8 +20,7 @@ def main(*positional: str, **flags: object) -> None:
     if run.dry_run:
         from unlearn_ds import plan
 
-        plan.dry_run(run)
-        return
+        sys.exit(plan.dry_run(run))
     run_folder.check(run)
     from unlearn_ds import doctor
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from unlearn_ds.config import EMBEDDED_MODEL, RunConfig, UsageError, replace
-from unlearn_ds.presets import EMBEDDED_PRESET, PRESETS, SCENARIO_DEFAULTS
+from unlearn_ds.presets import EMBEDDED_PRESET, FULL, PRESETS, SCENARIO_DEFAULTS
 from unlearn_ds.registry import SCENARIOS, check_name, did_you_mean
 
 FLAT = {
@@ -69,11 +69,22 @@ def parse(flags: Mapping[str, Any]) -> RunConfig:
         raise UsageError(f"unknown preset '{preset}'. {did_you_mean(preset, presets)}")
     config = replace(RunConfig(), **SCENARIO_DEFAULTS.get(scenario, {}))
     values = presets[preset] if preset else {}
-    if knobs.get("lora.rank") == 0:  # all weights instead: what the preset says of adapters is of no use
-        values = {name: value for name, value in values.items() if not name.startswith("lora.")}
-    config = replace(config, **values, **{"preset": preset})
-    config = replace(config, **knobs)
+    if preset and values.get("lora.rank") and knobs.get("lora.rank") == 0:
+        preset, values = _for_all_weights(preset, presets, knobs)
+    config = replace(config, **values)
+    config = replace(config, **{**knobs, "preset": preset})
     return _resolve_defaults(config)
+
+
+def _for_all_weights(
+    preset: str, presets: Mapping[str, Mapping[str, Any]], knobs: Mapping[str, Any]
+) -> tuple[str, Mapping[str, Any]]:
+    """What a preset of adapters becomes with ``--lora_rank 0``: their learning rate is a hundred times too high."""
+    if preset + FULL in presets:
+        return preset + FULL, presets[preset + FULL]
+    if "optim.learning_rate" not in knobs:
+        raise UsageError(f"--preset {preset} --lora_rank 0: its learning rate is for adapters; give --learning_rate.")
+    return preset, {name: value for name, value in presets[preset].items() if not name.startswith("lora.")}
 
 
 def follows_plan(config: RunConfig) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from unlearn_ds import log
 from unlearn_ds.config import RunConfig, UsageError, replace
+from unlearn_ds.cost.communication import communication, total
 from unlearn_ds.cost.memory import Plan, memory_plan
 from unlearn_ds.cost.shapes import Shape
 from unlearn_ds.sizing import GIB, Machine, fits, setup_of, shape_of
@@ -33,10 +34,11 @@ class Choice(NamedTuple):
 
 
 class Remedy(NamedTuple):
-    """Flags that lower the plan of a configuration, and the plan with them."""
+    """Flags that lower the plan of a configuration, the plan with them, and whether that is enough."""
 
     flags: str
     plan: Plan
+    fits: bool
 
 
 def choose(config: RunConfig, given: set[str], ranks: Machine) -> tuple[RunConfig, list[Choice]]:
@@ -44,16 +46,24 @@ def choose(config: RunConfig, given: set[str], ranks: Machine) -> tuple[RunConfi
 
     The first that fits is taken, from fast to slow: see ``BY_COST``; within one DeepSpeed configuration large
     micro-batches come before small ones, kept activations before checkpointing, and a resident reference before an
-    offloaded one. The global batch stays what ``global_batch`` says. Where nothing fits, the last is returned.
+    offloaded one. hpZ is taken where it sends less between nodes than ZeRO-3: it does not where its second copy of the
+    weights leaves room for small micro-batches only. The global batch stays what ``global_batch`` says. Where nothing
+    fits, the last is returned.
     Without a device's memory only accumulation follows, from ``--global_batch_size``.
     """
     shape, num_adapter = shape_of(config)
-    candidate = None
-    for candidate in _candidates(config, given, ranks):
-        if fits(memory_plan(shape, setup_of(candidate, shape, num_adapter, ranks)), ranks):
-            break
-    if candidate is None:
+    tried = list(_candidates(config, given, ranks))
+    if not tried:
         raise UsageError("no configuration can be tried with these flags.")
+    fitting = (c for c in tried if fits(_plan(c, shape, num_adapter, ranks), ranks))
+    candidate = next(fitting, tried[-1])
+    if candidate.engine.ds_config == "zero3_hpz":
+        other = next((c for c in fitting if c.engine.ds_config == "zero3"), None)
+        sent = [
+            total(communication(shape, setup_of(c, shape, num_adapter, ranks)), group="world")
+            for c in (candidate, other or candidate)
+        ]
+        candidate = other if other and sent[1] <= sent[0] else candidate
     taken = [knob for knob in FLAGS if knob not in given]
     if ranks.device_bytes is None:
         taken = [knob for knob in taken if knob.startswith("optim.")] if config.optim.global_batch_size else []
@@ -136,7 +146,7 @@ def _batches(config: RunConfig, given: set[str], ranks: Machine) -> list[dict[st
 def _reason(config: RunConfig, knob: str, shape: Shape, num_adapter: int, ranks: Machine) -> str:
     """Why a knob has its value: what the plan would be with what is preferred to it."""
     if not fits(_plan(config, shape, num_adapter, ranks), ranks):
-        return "nothing fits"
+        return "nothing fits; this needs the least"
     rows = global_batch(config, ranks)
     if knob == "optim.batch_size":
         return f"rows of a micro-batch on each of {ranks.world_size} devices, {rows} in a step"
@@ -175,13 +185,13 @@ def remedies(config: RunConfig, ranks: Machine) -> list[Remedy]:
     for flag, changes, machine in _changes(config, ranks):
         plan = _plan(replace(config, **changes), *_sizes(config, changes, shape, num_adapter), machine)
         if plan.peak() < before.peak() or plan.peak("host") < before.peak("host"):
-            found.append(Remedy(flag, plan))
+            found.append(Remedy(flag, plan, fits(plan, machine)))
         if machine == ranks and "lora.rank" not in changes:
             trial = replace(together, **changes)
             if _plan(trial, shape, num_adapter, ranks).peak() < _plan(together, shape, num_adapter, ranks).peak():
                 together, flags = trial, [f for f in flags if f.split()[0] != flag.split()[0]] + [flag]
                 if fits(_plan(together, shape, num_adapter, ranks), ranks) and len(flags) > 1:
-                    return [*found, Remedy(" ".join(flags), _plan(together, shape, num_adapter, ranks))]
+                    return [*found, Remedy(" ".join(flags), _plan(together, shape, num_adapter, ranks), True)]
     return found
 
 
@@ -211,7 +221,8 @@ def _changes(config: RunConfig, ranks: Machine) -> Iterator[tuple[str, dict[str,
             yield f"--ds_config {name}", {"engine.ds_config": name}, ranks
     if not config.lora.rank:
         yield "--lora_rank 16", {"lora.rank": 16, "engine.reference": "adapter"}, ranks
-    yield f"--nodes {2 * ranks.nodes}", {}, ranks._replace(nodes=2 * ranks.nodes)
+    for nodes in (2 * ranks.nodes, 4 * ranks.nodes, 8 * ranks.nodes):
+        yield f"--nodes {nodes}", {}, ranks._replace(nodes=nodes)
 
 
 def resolved(config: RunConfig, given: set[str], ranks: Machine) -> RunConfig:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from unlearn_ds import arguments, checks, ds_json, ranks
+from unlearn_ds import arguments, checks, ds_json, local_files, ranks
 from unlearn_ds.config import RunConfig, UsageError
 from unlearn_ds.exit_codes import FAILED, FINISHED, USAGE
 
@@ -39,6 +39,7 @@ def run(main: Callable[..., None]) -> None:
     """Call ``main`` with the words of the command line, as the rank that a launcher has made this process, and leave
     with the exit code of the run."""
     ranks.note_start()
+    local_files.keep_ops_in_environment()
     code = FAILED
     try:
         code = _exit_code(main)

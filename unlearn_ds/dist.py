@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import socket
-from collections.abc import Sequence
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as torch_dist
+
+from unlearn_ds.local_files import extensions_folder
 
 
 def is_initialized() -> bool:
@@ -89,3 +95,33 @@ def shutdown() -> None:
     """Leave the process group, so that the interpreter exits without a warning."""
     if is_initialized():
         torch_dist.destroy_process_group()
+
+
+FIRST_WORD, NEXT_WORD = 10.0, 60.0
+"""Seconds after which a rank that waits for others says so, and says so again."""
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """Say what is waited for where joining the other ranks takes long, on the first rank of each node."""
+    done, began, told = threading.Event(), time.monotonic(), sys.stdout
+
+    def tell() -> None:
+        pause = FIRST_WORD
+        while not done.wait(pause):
+            pause = NEXT_WORD
+            print(f"waiting     {_waits_for()}, {time.monotonic() - began:.0f} s so far", file=told, flush=True)
+
+    if os.environ["LOCAL_RANK"] == "0":
+        threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _waits_for() -> str:
+    if device_type() == "cpu" and not any(extensions_folder().rglob("deepspeed_shm_comm*.so")):
+        return "for DeepSpeed's op for shared memory, compiled once (a minute or two)"
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return f"for {os.environ['WORLD_SIZE']} ranks to meet at {place}; a node that was not started keeps all others"

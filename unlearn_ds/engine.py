@@ -53,12 +53,13 @@ def start(config: EngineConfig) -> torch.device:
         accelerator.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         # Every rank would print that an op has been built, at every start.
-        with contextlib.redirect_stdout(io.StringIO()):
+        with dist.waiting(), contextlib.redirect_stdout(io.StringIO()):
             deepspeed.init_distributed(
                 dist_backend=accelerator.communication_backend_name(),
                 timeout=dist.timeout(config.timeout_minutes),
                 verbose=False,
             )
+        ranks.note_joined()
     if accelerator.device_name() == "cpu":
         _unname_shared_memory()
         _keep_freed_memory()

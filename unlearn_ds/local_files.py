@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 from unlearn_ds.config import EMBEDDED_MODEL, UsageError
@@ -59,6 +60,13 @@ def hub_snapshot(kind: str, name: str, revision: str | None = None) -> Path | No
 def hub_is_off() -> bool:
     """True when the user forbids the hub (``HF_HUB_OFFLINE``)."""
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def keep_ops_in_environment() -> None:
+    """Let ops be compiled into the virtual environment that runs, unless TORCH_EXTENSIONS_DIR says where: one cache of
+    a user's serves one environment only, and is compiled anew for each."""
+    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 
 def extensions_folder() -> Path:

@@ -12,6 +12,8 @@ from unlearn_ds.config import RunConfig, to_dict
 from unlearn_ds.cost import memory
 from unlearn_ds.cost.communication import Volume, communication
 from unlearn_ds.cost.memory import Plan, memory_plan
+from unlearn_ds.exit_codes import FINISHED, USAGE
+from unlearn_ds.presets import PRESETS
 from unlearn_ds.registry import OBJECTIVES, resolve
 from unlearn_ds.sizing import GIB, Machine
 
@@ -20,8 +22,10 @@ WHEN = {
 }  # fmt: skip
 
 
-def dry_run(config: RunConfig) -> None:
-    """Print the resolved configuration, the DeepSpeed configuration, the memory plan of a rank and its traffic."""
+def dry_run(config: RunConfig) -> int:
+    """Print the resolved configuration, the DeepSpeed configuration, the memory plan of a rank and its traffic.
+
+    Returns an exit code: that of bad usage where the run does not fit."""
     disable_progress_bar()
     ranks = sizing.machine(config)
     values = ds_json.for_machine(ds_json.load(config.engine.ds_config), ranks.ranks_per_node, config.engine.nvme_path)
@@ -36,21 +40,37 @@ def dry_run(config: RunConfig) -> None:
         f"memory plan of one rank of {ranks.nodes} x {ranks.ranks_per_node}, {(shape.total + num_adapter) / 1e6:,.1f}M "
         f"parameters{trained}, up to {setup.num_tokens:,} tokens a micro-batch:"
     )
-    say_plan(plan)
+    say_plan(plan, ranks.usable_bytes)
     say_totals(plan, ranks)
+    say_batch(config, ranks)
     say_communication(communication(shape, setup), ranks)
     say_remedies(choose.remedies(config, ranks))
     say_reference_modes(config, values, shape.size(), num_adapter, ranks.world_size)
+    return FINISHED if sizing.fits(plan, ranks) else USAGE
 
 
-def say_plan(plan: Plan) -> None:
-    """The plan as a table of GiB, narrow enough for 80 columns."""
+def say_batch(config: RunConfig, ranks: Machine) -> None:
+    """Rows of a step and of the run; more devices take more, and cost more."""
+    rows, optim = choose.global_batch(config, ranks), config.optim
+    log.say(f"forget rows: {rows:,} a step, {rows * optim.max_steps:,} in the {optim.max_steps:,} steps of the run")
+    published = PRESETS[config.scenario].get(config.preset or "", {}).get("optim.batch_size", rows)
+    if rows > published:
+        log.say(
+            f"the preset's batch of {published} is one device's: --global_batch_size or fewer --max_steps cost less"
+        )
+
+
+def say_plan(plan: Plan, usable: int | None = None) -> None:
+    """The plan as a table of GiB, narrow enough for 80 columns. usable: bytes of a device that may be filled."""
     table = Table(box=None, pad_edge=False, show_edge=False)
     for name, align in (("what", "left"), ("device", "right"), ("host", "right"), ("disk", "right"), ("when", "left")):
         table.add_column(name, justify=align, no_wrap=True)
     for line in plan.lines:
         cells = [f"{line.num_bytes / GIB:.2f}" if line.where == where else "" for where in ("device", "host", "disk")]
-        table.add_row(line.what, *cells, WHEN[line.when])
+        when = WHEN[line.when]
+        if line.when == "evaluation" and usable is not None and line.where == "device" and line.num_bytes > usable:
+            when = "not made"
+        table.add_row(line.what, *cells, when)
     peaks = [f"{plan.peak(where) / GIB:.2f}" for where in ("device", "host", "disk")]
     table.add_row("at the fullest moment of a step", *peaks, "")
     if log.is_main():
@@ -65,7 +85,8 @@ def say_totals(plan: Plan, ranks: Machine) -> None:
         if there is None and name == "a GPU" and dist.device_type() == "cpu":
             continue  # the device is the host
         if there is None:
-            log.say(f"{name}: {needed / GIB:,.1f} GiB needed; how much there is, is not known here")
+            flag = "--gpu_memory" if name == "a GPU" else "--host_memory"
+            log.say(f"{name}: {needed / GIB:,.1f} GiB needed; {flag} GiB says how much there is")
             continue
         verdict = "fits" if needed <= share * there else "DOES NOT FIT"
         log.say(f"{name}: {needed / GIB:,.1f} of {there / GIB:,.1f} GiB, of which {share:.0%} may be filled: {verdict}")
@@ -83,9 +104,10 @@ def say_communication(volumes: tuple[Volume, ...], ranks: Machine) -> None:
 def say_remedies(found: list[choose.Remedy]) -> None:
     """What would make a plan fit, with what it would then need."""
     if found:
-        log.say("what would help, the least costly first (GiB of a GPU, and of host memory a rank, after it):")
+        log.say("what would help, the least costly first (GiB of a device, and of host memory a rank, after it):")
     for remedy in found:
-        log.say(f"  {remedy.flags:<52}{remedy.plan.peak() / GIB:9.1f}{remedy.plan.peak('host') / GIB:9.1f}")
+        enough = "  fits" if remedy.fits else "  not enough"
+        log.say(f"  {remedy.flags:<44}{remedy.plan.peak() / GIB:9.1f}{remedy.plan.peak('host') / GIB:9.1f}{enough}")
 
 
 def say_reference_modes(config: RunConfig, values: dict, size, num_adapter: int, world_size: int) -> None:

@@ -39,7 +39,9 @@ _MODELS = {
     "llama3-70b": "meta-llama/Meta-Llama-3-70B",
 }
 
-_VARIANTS = ("-ga", "-full")
+FULL = "-full"
+"""Ending of a preset that trains all parameters where the one without it trains adapters; a hundredth of its rate."""
+_VARIANTS = ("-ga", FULL)
 """Endings of preset names: gradient ascent without the mismatch term, and all parameters where LoRA was published."""
 
 
@@ -92,10 +94,10 @@ _AS_LLAMA2_7B = ("llama2-13b", "llama2-70b", "llama3-8b", "llama3-70b")
 
 def _with_ours(published: Mapping[str, _Row]) -> dict[str, _Row]:
     nearest = published["llama2-7b"]
-    # All parameters take the learning rate of the OPT rows, which train all of theirs. Flags make the same of any other
-    # size: --lora.rank 0 --learning_rate 2e-6.
+    # All parameters take the learning rate of the OPT rows, which train all of theirs.
     full = nearest._replace(learning_rate=published["opt-1.3b"].learning_rate, lora=False)
-    return {**published, "llama2-7b-full": full, **dict.fromkeys(_AS_LLAMA2_7B, nearest)}
+    names = ("llama2-7b", *_AS_LLAMA2_7B)
+    return {**published, **dict.fromkeys(_AS_LLAMA2_7B, nearest), **{name + FULL: full for name in names}}
 
 
 def _knobs(preset: str, row: _Row) -> dict[str, Any]:

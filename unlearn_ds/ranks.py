@@ -135,6 +135,11 @@ def note_start() -> None:
     _note("pid", str(os.getpid()))
 
 
+def note_joined() -> None:
+    """Tell the supervisor of this node that the ranks have met: from here on there may be something to save."""
+    _note("joined", "1")
+
+
 def note_exit(code: int) -> None:
     """Leave the exit code where the supervisor of this node looks for it."""
     _note("code", str(code))

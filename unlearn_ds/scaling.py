@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from unlearn_ds import arguments, log, sizing
 from unlearn_ds.config import RunConfig, UsageError, replace
-from unlearn_ds.cost.interconnect import CLUSTERS, NodeKind
+from unlearn_ds.cost.interconnect import BUS_EFFICIENCY, CLUSTERS, NodeKind
 from unlearn_ds.cost.memory import memory_plan
-from unlearn_ds.cost.scaling import StepTime, predict
+from unlearn_ds.cost.scaling import ACHIEVABLE, OVERLAP, StepTime, predict
 from unlearn_ds.registry import did_you_mean
 from unlearn_ds.sizing import GIB, Machine
 
@@ -75,6 +75,23 @@ def say(preset: str, cluster_name: str, points: list[Point]) -> None:
             f"{found.peak_bytes / GIB:.0f}" + ("" if found.fits else "!"),
         )  # fmt: skip
     log.console().print(table)
+
+
+ASSUMPTIONS = (
+    "Weak scaling: a GPU's tokens stay, so the rows of a step grow with the GPUs.",
+    f"Compute at {ACHIEVABLE['H100']:.0%} of an H100's peak and {ACHIEVABLE['A100']:.0%} of an A100's, collectives at "
+    f"{BUS_EFFICIENCY:.0%} of the data sheets' bandwidth; published runs and nccl-tests reach that.",
+    f"Traffic hides behind {OVERLAP:.0%} of the compute of its pass; efficiency is compute / step.",
+    "limit: compute while less than 5 % of it is waited for, else the larger of network and NVLink, which run at once.",
+    "hpZ gathers within a node in backward: less network, more NVLink. !: more than the GPU's memory.",
+    "Predicted; no cluster has been measured yet.",
+)
+
+
+def say_assumptions() -> None:
+    log.say("assumptions")
+    for assumption in ASSUMPTIONS:
+        log.say(f"- {assumption}")
 
 
 def draw(points: dict[tuple[str, str], list[Point]], path: str) -> None:

@@ -57,11 +57,30 @@ def test_llama_7b_trains_all_parameters_on_one_gpu_by_offload():
     assert "would take" in choices["engine.ds_config"].reason
 
 
+def test_hpz_is_left_where_its_copy_makes_it_send_more():
+    """Llama-3-70B on 32 GPUs: one row at a time, twice, against two at once without it."""
+    flags = {"preset": "llama3-70b-full", "nodes": 4, "gpus_per_node": 8, "gpu_memory": 80}
+    config, _, ranks = chosen(**flags)
+    forced, _, _ = chosen(**flags, ds_config="zero3_hpz")
+    assert config.engine.ds_config == "zero3" and sizing.fits(sizing.plan_of(forced, ranks), ranks)
+    assert forced.optim.gradient_accumulation_steps > config.optim.gradient_accumulation_steps
+
+
+def test_a_dry_run_of_what_does_not_fit_ends_as_a_mistake(capsys):
+    flags = {"preset": "llama3-70b-full", "gpus_per_node": 8, "nodes": 1, "gpu_memory": 80, "host_memory": 1024}
+    assert plan.dry_run(chosen(**flags)[0]) == 2 and "DOES NOT FIT" in capsys.readouterr().out
+    assert plan.dry_run(chosen(**{**flags, "nodes": 4})[0]) == 0
+    said = capsys.readouterr().out
+    assert (
+        "forget rows: 64 a step, 64,000 in the 1,000 steps of the run" in said and "batch of 2 is one device's" in said
+    )
+
+
 def test_a_host_that_is_too_small_rules_offload_out():
     flags = {"preset": "llama2-7b-full", "nodes": 1, "gpus_per_node": 1, "gpu_memory": 80, "host_memory": 64}
     config, choices, ranks = chosen(**flags)
     assert not sizing.fits(sizing.plan_of(config, ranks), ranks)
-    assert choices["engine.ds_config"].reason == "nothing fits"
+    assert choices["engine.ds_config"].reason == "nothing fits; this needs the least"
 
 
 def test_what_the_user_sets_stays():

@@ -43,12 +43,12 @@ MODELS = {
     "Llama-2-7B": ("llama2-7b", "meta-llama/Llama-2-7b-hf"),
 }
 OURS = {
-    "llama2-7b-full": "meta-llama/Llama-2-7b-hf",
     "llama2-13b": "meta-llama/Llama-2-13b-hf",
     "llama2-70b": "meta-llama/Llama-2-70b-hf",
     "llama3-8b": "meta-llama/Meta-Llama-3-8B",
     "llama3-70b": "meta-llama/Meta-Llama-3-70B",
 }
+OURS |= {f"{preset}-full": path for preset, path in {"llama2-7b": "meta-llama/Llama-2-7b-hf", **OURS}.items()}
 
 
 def name_of(model: str, method: str) -> str:
@@ -103,6 +103,21 @@ def test_a_row_of_ours_is_the_nearest_published_one_on_another_model(scenario, p
         nearest = dataclasses.replace(nearest, lora=config.lora)
         nearest = dataclasses.replace(nearest, optim=config.optim)
     assert weights(config) == weights(nearest)
+
+
+@pytest.mark.parametrize("preset", [name for name in OURS if name.endswith("-full")])
+def test_all_weights_of_a_preset_of_adapters_have_the_learning_rate_of_all_weights(preset):
+    flags = {"scenario": "harmful", "preset": preset.removesuffix("-full"), "lora_rank": "0"}
+    assert parse(flags) == parse({"scenario": "harmful", "preset": preset, "lora_rank": "0"})
+    assert parse(flags).optim.learning_rate == 2e-6
+
+
+def test_all_weights_of_a_preset_without_a_rate_for_them_need_one():
+    flags = {"scenario": "harmful", "preset": "llama2-7b-ga", "lora_rank": "0"}
+    with pytest.raises(UsageError, match="is for adapters; give --learning_rate"):
+        parse(flags)
+    config = parse({**flags, "learning_rate": "1e-6"})
+    assert (config.lora.rank, config.lora.targets, config.optim.learning_rate) == (0, (), 1e-6)
 
 
 @pytest.mark.parametrize("scenario", PRESETS)

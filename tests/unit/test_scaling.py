@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from unlearn_ds import scaling
@@ -86,3 +88,21 @@ def test_the_table_and_the_plot_show_both_configurations_on_each_number_of_gpus(
 def test_an_unknown_cluster_is_refused_with_the_nearest():
     with pytest.raises(UsageError, match="unknown 'h10'.*h100"):
         scaling.lines("llama2-7b", "harmful", "h10")
+
+
+def test_the_table_of_the_readme_is_what_the_model_predicts(repository):
+    rows = re.findall(
+        r"^\| (llama\S+), H100, (\d+) Gb/s a GPU \| ([\d,]+) \| ([\d.]+) s \| ([\d.]*)(?: s)? \| ([\d.]+) s \| (\d+) %"
+        r" \| (\w+) \|$",
+        (repository / "README.md").read_text(), re.MULTILINE,
+    )  # fmt: skip
+    assert len(rows) == 9
+    for preset, network, gpus, *told in rows:
+        cluster = next(n for n, c in CLUSTERS.items() if c.device == "H100" and c.network * 8e-9 == int(network))
+        points = scaling.lines(preset, "harmful", cluster)
+        found = {p.label: p.step for p in points if p.step.gpus == int(gpus.replace(",", ""))}
+        step, hpz = found["ZeRO-3"], found.get("hpZ")
+        assert told == [
+            f"{step.seconds:.2f}", f"{hpz.seconds:.2f}" if hpz else "", f"{step.network:.2f}",
+            f"{step.efficiency * 100:.0f}", step.limit,
+        ], (preset, network, gpus)  # fmt: skip

@@ -20,8 +20,10 @@ os.environ["LOCAL_RANK"] = sys.argv[1]
 asked = []
 signal.signal(signal.SIGUSR1, lambda *_: asked.append(1))
 ranks.note_start()
+if sys.argv[2] != "alone":
+    ranks.note_joined()
 os.write(1, b"up" + os.linesep.encode())  # in one piece: ranks share the pipe
-while sys.argv[2] == "wait" and not asked:
+while sys.argv[2] in ("wait", "alone") and not asked:
     time.sleep(0.02)
 code = 75 if asked else int(sys.argv[2])
 if code < 0:
@@ -102,8 +104,18 @@ def test_a_signal_while_the_launcher_waits_for_other_nodes_ends_it():
     process = start(sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)")
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
-    assert process.returncode == 76
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == 75 and "before the ranks had met" in said
+
+
+def test_a_signal_while_ranks_wait_for_other_nodes_ends_them():
+    """They stand in a call that no handler interrupts, and have nothing to save."""
+    deaf = RANK.replace("asked.append(1)", "None")
+    process = start(sys.executable, "-c", LAUNCHER, deaf, "alone")
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=20)
+    assert process.returncode == 75 and "before the ranks had met" in said
 
 
 def test_a_second_signal_ends_ranks_that_do_not_listen():

@@ -135,15 +135,20 @@ def memory(cluster: Examined) -> list[Finding]:
     plan = cluster.plan
     if plan.missing:
         return [warn(f"not worked out: {plan.missing}", "python launchers/train.py --dry_run with the same flags")]
-    found = []
+    described, found = cluster.subject.config.cluster, []
     for report in cluster.reports:
         facts = {name: int(value) for name, value in report.facts["machine"].items()}
         if not facts:  # told where they were looked for
             continue
+        if described.gpu_memory and not facts["device bytes"]:
+            # Planned from a machine that is not one of the nodes: what it has says nothing of them.
+            gpu, host = int(described.gpu_memory * 2**30), int(described.host_memory * 2**30)
+            facts |= {"device bytes": gpu, "host bytes": host or 2**63, "ranks": described.gpus_per_node or 1}
         ranks, host, device = facts["ranks"], facts["host bytes"], facts["device bytes"]
         on_host = ranks * (plan.host + (0 if device else plan.device))
         states = ranks * (plan.host + (0 if device else plan.device_states))
-        text = [f"{size(on_host)} of host memory for {ranks} rank(s), {size(host)} there"]
+        there = f", {size(host)} there" if host < 2**63 else " on every node"
+        text = [f"{size(on_host)} of host memory for {ranks} rank(s){there}"]
         if device:
             text.insert(0, f"{size(plan.device)} on a device of {size(device)}")
         impossible = states > host or (device and plan.device_states > device)

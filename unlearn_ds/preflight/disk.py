@@ -55,6 +55,8 @@ def needs(subject: Subject) -> list[Need]:
     weights_too = ds_json.stage(subject.ds_values) < 3
     checkpoint = 0 if config.lora.rank else parameters * (12 + weights_too * subject.bytes_per_weight)
     weights = parameters * subject.bytes_per_weight
+    if model_folder(config) is None and config.model.path != EMBEDDED_MODEL:
+        found.append(Need(hub_folder(), 2 * parameters, "the model from the hub"))
     if config.checkpoint.save_every:
         count = config.checkpoint.keep + 1
         found.append(Need(out, count * checkpoint, f"{count} checkpoints"))

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from unlearn_ds import checks, ds_json
 from unlearn_ds.config import EMBEDDED_MODEL, RunConfig, fingerprint, looks_like_file, retain_names, to_dict
+from unlearn_ds.cost import shapes
 from unlearn_ds.local_files import embedded_folder, find_gguf, hub_folder, hub_is_off, hub_snapshot
 from unlearn_ds.preflight.findings import Finding, Subject, fail, listed, ok, skipped, warn
 
@@ -140,17 +141,18 @@ def read_header(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def num_parameters(config: RunConfig) -> int | None:
-    """Parameters of the model by the headers of its files; None where it has not been fetched yet."""
+    """Parameters of the model by the headers of its files, of a preset's model before it is fetched too; else None."""
     if config.model.path == EMBEDDED_MODEL:
         return EMBEDDED_PARAMETERS
     folder = model_folder(config)
     if folder is None or not folder.is_dir():
-        return None
+        known = shapes.public(config.model.path)
+        return known.total if known else None
     files = weight_files(folder)
     if files and files[0].suffix == ".bin":
         return sum(path.stat().st_size for path in files) // 2  # mostly saved in two bytes a weight
-    shapes = [tensor["shape"] for path in files for tensor in read_header(path)[1].values()]
-    return sum(math.prod(shape) for shape in shapes)
+    found = [tensor["shape"] for path in files for tensor in read_header(path)[1].values()]
+    return sum(math.prod(shape) for shape in found)
 
 
 def data(subject: Subject) -> Finding:
