@@ -61,7 +61,7 @@ def print_projection(found: Mapping[str, Any]) -> None:
          f"{_hours(found['device_hours'])} device-hours, {found['flops']:.2e} FLOPs"),
     ):  # fmt: skip
         figures.add_row(name, value)
-    ratios = _table("RLHF as", "FLOPs", "hours", "ratio", "ratio of hours", "2 % at")
+    ratios = _table("RLHF as", "FLOPs", "GPU-h", "ratio", "ratio of GPU-h", "2 % at")
     for name, entry in found["rlhf"].items():
         of_hours = "n/a" if entry["hours_ratio"] is None else ratio_percent(entry["hours_ratio"])
         ratios.add_row(
@@ -109,7 +109,7 @@ MEASURED_ASSUMPTIONS = (
 
 def print_table(device: str) -> None:
     """The analytic table, as Markdown: models and recipes by FLOPs, device-hours and ratios."""
-    titles = ("model", "recipe", "FLOPs", "hours", *DENOMINATORS, "step3, hours", "2 % at")
+    titles = ("model", "recipe", "FLOPs", "GPU-h", *DENOMINATORS, "step3, GPU-h", "2 % at")
     table, rows = _table(*titles), ratio.table(device=device)
     for row in rows:
         step3 = row["against"]["step3"]
@@ -118,12 +118,12 @@ def print_table(device: str) -> None:
             *(ratio_percent(row["against"][name]["flops_ratio"]) for name in DENOMINATORS),
             ratio_percent(step3["hours_ratio"]), f"{row['samples_at_limit']:,.0f}",
         )  # fmt: skip
-    costs = _table("RLHF: FLOPs, hours", "devices", *DENOMINATORS)
+    costs = _table("RLHF: FLOPs, GPU-h", "devices", *DENOMINATORS)
     for model, row in {row["model"]: row for row in rows}.items():
         cells = [f"{entry['flops']:.1e}, {_hours(entry['hours'])}" for entry in row["against"].values()]
         costs.add_row(model, str(ratio.MODELS[model]), *cells)
     _print(table, costs)
-    _say(f"hours: of {device}, at RLHF's speed. 2 % at: forget samples that reach 2 % of step3. Ratios are of FLOPs.")
+    _say(f"GPU-h: {device}-hours of all devices, at RLHF's speed. 2 % at: forget samples that reach 2 % of step3. Ratios are of FLOPs.")
     meanings = {name: meaning for name, (meaning, _) in {**ratio.RECIPES, **DENOMINATORS}.items()}
     _notes(meanings, [*ratio.RLHF_ASSUMPTIONS, *ratio.TABLE_ASSUMPTIONS])
 
