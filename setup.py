@@ -51,9 +51,9 @@ setup(
         "kernels": ["triton>=3.6; platform_system == 'Linux'"],
         "bertscore": ["bert-score>=0.3.13"],
         "bench": ["liger-kernel>=0.8", "cut-cross-entropy>=25.1", "trl>=1.16"],
-        # TRL removed its PPO after 1.12, and got the losses that the benchmarks compare with in 1.13 or later: one
-        # environment has one of the two.
-        "rlhf": ["trl>=1.9,<1.13"],
+        # TRL removed its PPO after 1.12, and the benchmarks compare with losses of later ones: an environment has one
+        # of the two, and constraints.txt is for the first.
+        "rlhf": ["trl==1.12.*"],
         "lm-eval": ["lm-eval>=0.4.13"],
         "dev": [
             "triton>=3.6; platform_system == 'Linux'",
@@ -62,7 +62,7 @@ setup(
             "ruff>=0.9",
             "mypy>=1.13",
             "build",
-            "trl>=1.9,<1.13",
+            "trl==1.12.*",
             "kubernetes-validate>=1.31",
             "kubeflow-trainer-api>=2.0",
         ],

@@ -12,8 +12,9 @@ from unlearn_ds.rlhf import recipe
 HELP = """usage: deepspeed launchers/against_rlhf.py --scenario harmful [--flag value ...]
 
 Unlearns as train.py does, into OUTPUT_DIR/unlearning (a finished run there is taken). Then runs SFT, a reward model and
-PPO by TRL from the same model, on the same prompts, until the same judge finds the same rate or PPO's passes are over.
-Both are counted: seconds, FLOPs, and what they did to the model. Writes OUTPUT_DIR/rlhf.json and rlhf.png.
+PPO by TRL from the same model, on the same prompts, until the same judge finds the same rate during PPO or its passes
+are over. Both are counted: seconds, FLOPs, what they did to the model, and where RLHF first reached the rate. Writes
+OUTPUT_DIR/rlhf.json and rlhf.png; the models of the stages stay in OUTPUT_DIR/sft, reward_model and ppo.
 
 {flags}
 
@@ -29,13 +30,19 @@ def main(*positional: str, **flags: object) -> None:
     recipe.parse(own, batch=1)
     folder = Path(str(flags.pop("output_dir", "runs/against_rlhf")))
     run = command.configured({"resume": "auto", **flags, "output_dir": str(folder / "unlearning")})
-    from unlearn_ds import against_rlhf, dist, run_folder, trainer
+    if run.dry_run:
+        from unlearn_ds import plan
+
+        sys.exit(plan.dry_run(run))
+    from unlearn_ds import against_rlhf, dist, doctor, run_folder, trainer
 
     run_folder.check(run)
-    against_rlhf.check(run)
-    code = trainer.train(run)
+    problems = doctor.before_run(run)
+    how = recipe.parse(own, run.optim.batch_size, run.optim.gradient_accumulation_steps)
+    against_rlhf.check(run, how)
+    code = trainer.train(run, problems)
     if code == FINISHED:
-        against_rlhf.main(run, recipe.parse(own, run.optim.batch_size), folder)
+        against_rlhf.main(run, how, folder)
     dist.shutdown()
     sys.exit(code)
 

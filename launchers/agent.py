@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 
 from torch.distributed import run
@@ -16,5 +17,10 @@ if __name__ == "__main__":
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         run.main()
-    except (ChildFailedError, SignalException):
+    except ChildFailedError as error:
+        for rank, failure in sorted(error.failures.items()):
+            if failure.exitcode < 0:  # a rank that ended by itself has said why
+                print(f"error: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
         sys.exit(1)  # supervise.py knows what each rank ended with
+    except SignalException:
+        sys.exit(1)

@@ -46,6 +46,10 @@ def main(
         return
     with_rlhf = _is_set("--measure_rlhf", measure_rlhf)
     run = command.configured({"output_dir": "runs/throughput", **flags})
+    if run.dry_run:
+        from unlearn_ds import plan
+
+        sys.exit(plan.dry_run(run))
     from unlearn_ds import dist, throughput
 
     throughput.main(run, int(steps), against, device, int(num_devices), with_rlhf)

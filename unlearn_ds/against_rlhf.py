@@ -11,32 +11,45 @@ import torch
 
 from unlearn_ds import build, dist, ds_json, embedded, engine, log, memorize, run_folder
 from unlearn_ds import model as models
-from unlearn_ds.config import RunConfig, UsageError
+from unlearn_ds.config import SELF, RunConfig, UsageError, weighted
 from unlearn_ds.cost.rlhf import Samples
 from unlearn_ds.evaluate import Evaluator
+from unlearn_ds.heartbeat import Heartbeat
 from unlearn_ds.model import PackedCausalLM
 from unlearn_ds.registry import SCENARIOS, resolve
 from unlearn_ds.rlhf import measure, outcome, stages
+from unlearn_ds.rlhf import setting as settings
 from unlearn_ds.rlhf.preferences import Preferences, preferences
 from unlearn_ds.rlhf.recipe import Recipe
-from unlearn_ds.rlhf.stages import Setting, Stage
+from unlearn_ds.rlhf.setting import Setting
+from unlearn_ds.rlhf.stages import Stage
 
 
-def check(config: RunConfig) -> None:
-    """Raise ``UsageError`` for what would be found out only after the unlearning run."""
-    stages.check_installed()
+def check(config: RunConfig, recipe: Recipe) -> None:
+    """Join the other ranks, and raise ``UsageError`` for what would be found out only after the unlearning run."""
+    settings.check_installed()
     if not config.eval.enabled:
         raise UsageError("--eval.enabled false: without a rate there is nothing to compare.")
-    encoder = build.encoder(config, embedded.locate(config.model.path))
-    preferences(resolve("scenario", config.scenario, SCENARIOS).load(config, encoder), encoder)
+    engine.start(config.engine)
+    path = embedded.locate(config.model.path)
+    settings.check_model(path, config.model.revision)
+    encoder = build.encoder(config, path)
+    learned = preferences(resolve("scenario", config.scenario, SCENARIOS).load(config, encoder), encoder)
+    stages.check_rows(learned.prompts, recipe)
+    settings.padded(encoder.tokenizer, encoder.end_id, learned)
 
 
 def main(config: RunConfig, recipe: Recipe, folder: Path) -> None:
-    """RLHF from the model that the finished run of ``config`` began with, until its rate is that run's or lower, or
-    PPO's passes are over. Writes ``rlhf.json`` and ``rlhf.png`` into ``folder`` and prints a table. Evaluations cost
-    neither side anything.
+    """RLHF from the model that the finished run of ``config`` began with: all of SFT and reward model, and PPO until
+    its rate is that run's or lower, or its passes are over. Writes ``rlhf.json`` and ``rlhf.png`` into ``folder`` and
+    prints a table. Evaluations cost neither side anything.
     """
-    device = engine.start(config.engine)
+    with Heartbeat(config.engine.heartbeat_seconds):
+        compare(config, engine.start(config.engine), recipe, folder)
+
+
+def compare(config: RunConfig, device: torch.device, recipe: Recipe, folder: Path) -> None:
+    """``main``, once the ranks have met."""
     unlearned = Path(config.output_dir or "")
     evaluation = json.loads((unlearned / "evaluation.json").read_text(encoding="utf-8"))
     path = embedded.locate(config.model.path)
@@ -51,7 +64,7 @@ def main(config: RunConfig, recipe: Recipe, folder: Path) -> None:
             config, path, ds_json.load(config.engine.ds_config), encoder, data, evaluator, device, stop
         )
     # A tokenizer of its own: RLHF pads in another way.
-    setting = stages.setting(config, build.encoder(config, path), folder, engine.synchronize)
+    setting = settings.setting(config, build.encoder(config, path), learned, folder, engine.synchronize)
     curve = Curve(config, device, evaluator, evaluation["before"]["unlearned"]["rate"])
     trained = align(path, learned, recipe, setting, curve, evaluation["after"]["unlearned"]["rate"])
     before = run_folder.EvaluationRecord(unlearned, config.scenario, scenario.label, None, False).restore()
@@ -63,6 +76,7 @@ def main(config: RunConfig, recipe: Recipe, folder: Path) -> None:
             "prompts": len(learned.prompts), "before": evaluation["before"],
             "unlearning": unlearning(unlearned, evaluation),
             "rlhf": {**spent(trained), "curve": curve.points, "after": after, "recipe": recipe._asdict()},
+            "not_counted": not_counted(config),
             "at_published_samples": measure.scaled(trained, Samples(), recipe),
         }  # fmt: skip
         outcome.show(folder, found)
@@ -127,6 +141,13 @@ def spent(trained: Sequence[Stage]) -> dict[str, Any]:
         for stage in trained
     }  # fmt: skip
     return {name: sum(row[name] for row in rows.values()) for name in ("seconds", "flops")} | {"stages": rows}
+
+
+def not_counted(config: RunConfig) -> list[str]:
+    """What unlearning does before its first step, which no line of its metrics holds."""
+    found = ["memorizing, from which both begin"] * bool(config.memorize.enabled)
+    found += ["own answers of --retain_data self"] * (SELF in dict(weighted(config.data.retain_data)))
+    return found + ["filling the cached reference"] * (config.engine.reference == "cached")
 
 
 def unlearning(folder: Path, evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -71,6 +71,8 @@ def parse(flags: Mapping[str, Any]) -> RunConfig:
     values = presets[preset] if preset else {}
     if preset and values.get("lora.rank") and knobs.get("lora.rank") == 0:
         preset, values = _for_all_weights(preset, presets, knobs)
+    if preset and preset.endswith(FULL) and knobs.get("lora.rank") and "optim.learning_rate" not in knobs:
+        raise UsageError(f"--preset {preset} is for all weights; adapters take --preset {preset.removesuffix(FULL)}.")
     config = replace(config, **values)
     config = replace(config, **{**knobs, "preset": preset})
     return _resolve_defaults(config)

@@ -11,6 +11,7 @@ from unlearn_ds.config import RunConfig, UsageError, replace
 from unlearn_ds.cost.communication import communication, total
 from unlearn_ds.cost.memory import Plan, memory_plan
 from unlearn_ds.cost.shapes import Shape
+from unlearn_ds.presets import FULL
 from unlearn_ds.sizing import GIB, Machine, fits, setup_of, shape_of
 
 BY_COST = ("zero2", "zero3_hpz", "zero3", "zero2_offload", "zero3_offload", "zero3_offload_params", "zero3_nvme")
@@ -146,7 +147,7 @@ def _batches(config: RunConfig, given: set[str], ranks: Machine) -> list[dict[st
 def _reason(config: RunConfig, knob: str, shape: Shape, num_adapter: int, ranks: Machine) -> str:
     """Why a knob has its value: what the plan would be with what is preferred to it."""
     if not fits(_plan(config, shape, num_adapter, ranks), ranks):
-        return "nothing fits; this needs the least"
+        return "nothing fits; this needs the least of a device"
     rows = global_batch(config, ranks)
     if knob == "optim.batch_size":
         return f"rows of a micro-batch on each of {ranks.world_size} devices, {rows} in a step"
@@ -219,7 +220,7 @@ def _changes(config: RunConfig, ranks: Machine) -> Iterator[tuple[str, dict[str,
     for name in later:
         if name != "zero3_nvme" and (name != "zero3_hpz" or ranks.nodes > 1):
             yield f"--ds_config {name}", {"engine.ds_config": name}, ranks
-    if not config.lora.rank:
+    if not config.lora.rank and not (config.preset or "").endswith(FULL):  # whose learning rate is not for adapters
         yield "--lora_rank 16", {"lora.rank": 16, "engine.reference": "adapter"}, ranks
     for nodes in (2 * ranks.nodes, 4 * ranks.nodes, 8 * ranks.nodes):
         yield f"--nodes {nodes}", {}, ranks._replace(nodes=nodes)

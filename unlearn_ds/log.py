@@ -159,9 +159,14 @@ class StopSignal:
         self._first = math.inf
 
     def watch(self) -> StopSignal:
-        """Start to note signals, until the process ends."""
+        """Start to note signals."""
         self._before = {number: signal.signal(number, self._note) for number in self._SIGNALS}
         return self
+
+    def unwatch(self) -> None:
+        """Let signals act as they did before: there is nothing left to save."""
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
     def _note(self, number: int, _frame: object) -> None:
         if time.monotonic() - self._first > self.PATIENCE:

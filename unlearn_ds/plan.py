@@ -54,7 +54,7 @@ def say_batch(config: RunConfig, ranks: Machine) -> None:
     rows, optim = choose.global_batch(config, ranks), config.optim
     log.say(f"forget rows: {rows:,} a step, {rows * optim.max_steps:,} in the {optim.max_steps:,} steps of the run")
     published = PRESETS[config.scenario].get(config.preset or "", {}).get("optim.batch_size", rows)
-    if rows > published:
+    if rows > published and not optim.global_batch_size:
         log.say(
             f"the preset's batch of {published} is one device's: --global_batch_size or fewer --max_steps cost less"
         )

@@ -16,7 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -38,6 +38,7 @@ TRACED = 3
 _NO_FIGURES = re.compile("step|lr|grad_norm|loss.*")
 """Names in a row that say nothing of speed."""
 
+T = TypeVar("T")
 Point = tuple[Any, str]
 """(object, name of its function) where a collective can be counted."""
 
@@ -265,7 +266,7 @@ def _tracer(path: Path, num_steps: int) -> torch.profiler.profile:
     return torch.profiler.profile(schedule=schedule, on_trace_ready=lambda made: made.export_chrome_trace(str(path)))
 
 
-def warm(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+def warm(rows: Sequence[T]) -> Sequence[T]:
     """The rows without the first ``WARM_UP`` steps; a run of fewer than twice as many loses half of its steps."""
     return rows[min(WARM_UP, len(rows) // 2) :]
 

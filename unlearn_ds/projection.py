@@ -78,7 +78,7 @@ def print_projection(found: Mapping[str, Any]) -> None:
 def print_measured_rlhf(found: Mapping[str, Any]) -> None:
     """RLHF as it ran here beside the unlearning run: seconds and FLOPs of published numbers of samples."""
     rlhf, measured = found["rlhf_measured"], found["measured"]
-    table = _table("measured here", "s a sample", "FLOPs a sample", "samples", "hours", "FLOPs")
+    table = _table("measured here", "s a sample", "FLOPs a sample", "samples", "hours here", "FLOPs")
     for name, row in rlhf["stages"].items():
         table.add_row(
             name, f"{row['seconds_a_sample']:.3g}", f"{row['flops_a_sample']:.2e}", f"{row['samples']:,}",
@@ -102,7 +102,8 @@ def print_measured_rlhf(found: Mapping[str, Any]) -> None:
 MEASURED_ASSUMPTIONS = (
     "RLHF is TRL's SFT, reward model and PPO on the same prompts, batch and devices: four models of one size, one pass "
     "each, one PPO epoch; weights in fp32, products in the precision of the run; samples padded to the longest of a "
-    "batch. Its samples are the published numbers (DeepSpeed-Chat), as long as those here.",
+    "batch, logits of whole samples. Its samples are the published numbers (DeepSpeed-Chat), as long as those here.",
+    "Answers are generated for one batch at a time, which the memory bounds: larger batches make RLHF's time shorter.",
     "FLOPs of RLHF are products with weights; of the unlearning run attention and the reference are counted too.",
 )
 
@@ -123,7 +124,10 @@ def print_table(device: str) -> None:
         cells = [f"{entry['flops']:.1e}, {_hours(entry['hours'])}" for entry in row["against"].values()]
         costs.add_row(model, str(ratio.MODELS[model]), *cells)
     _print(table, costs)
-    _say(f"GPU-h: {device}-hours of all devices, at RLHF's speed. 2 % at: forget samples that reach 2 % of step3. Ratios are of FLOPs.")
+    _say(
+        f"GPU-h: {device}-hours of all devices, at RLHF's speed. 2 % at: forget samples that reach 2 % of step3. "
+        "Ratios are of FLOPs."
+    )
     meanings = {name: meaning for name, (meaning, _) in {**ratio.RECIPES, **DENOMINATORS}.items()}
     _notes(meanings, [*ratio.RLHF_ASSUMPTIONS, *ratio.TABLE_ASSUMPTIONS])
 

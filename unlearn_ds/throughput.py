@@ -17,6 +17,7 @@ from unlearn_ds.loop import Run
 from unlearn_ds.profiler import Profiler, warm
 from unlearn_ds.registry import SCENARIOS, resolve
 from unlearn_ds.rlhf import measure as rlhf_measure
+from unlearn_ds.rlhf import setting as settings
 from unlearn_ds.rlhf import stages
 from unlearn_ds.rlhf.preferences import preferences
 from unlearn_ds.rlhf.recipe import Recipe
@@ -34,7 +35,7 @@ def main(
     few steps of SFT, reward model and PPO here too.
     """
     if with_rlhf:
-        stages.check_installed()
+        settings.check_installed()
     if not config.log.verbose:
         log.quiet()  # once more: DeepSpeed sets the level of its logger on import
     measured, actor = measure(config, num_steps)
@@ -58,6 +59,7 @@ def measure(config: RunConfig, num_steps: int) -> tuple[dict[str, Any], Actor]:
         run.fit({"step": 0, "skipped_in_a_row": 0})
     run.profiler.finish(run.folder)
     architecture = run.policy.model.config
+    run.policy.close()
     size, text = models.size(architecture), architecture.get_text_config()
     options, heads = text.to_dict(), text.num_attention_heads
     kv_heads = options.get("num_key_value_heads") or heads
@@ -68,13 +70,18 @@ def measure(config: RunConfig, num_steps: int) -> tuple[dict[str, Any], Actor]:
 def measure_rlhf(config: RunConfig, num_steps: int) -> dict[str, Any]:
     """A few steps of each stage of RLHF on the same model, prompts, batch and devices, scaled to published samples."""
     path = embedded.locate(config.model.path)
+    settings.check_model(path, config.model.revision)
     encoder = build.encoder(config, path)
     data = resolve("scenario", config.scenario, SCENARIOS).load(config, encoder)
     learned = preferences(data, encoder)
+    recipe = Recipe(config.optim.batch_size, config.optim.gradient_accumulation_steps)
+    stages.check_rows(learned.prompts, recipe)
     with tempfile.TemporaryDirectory(dir=config.output_dir, ignore_cleanup_errors=True) as folder:
         # One folder for all ranks: the main one's.
-        setting = stages.setting(config, encoder, Path(dist.gather_objects(folder)[0]), engine.synchronize)
-        found = rlhf_measure.measure(path, learned, num_steps, Recipe(batch=config.optim.batch_size), setting)
+        shared = Path(dist.gather_objects(folder)[0])
+        setting = settings.setting(config, encoder, learned, shared, engine.synchronize)
+        with Heartbeat(config.engine.heartbeat_seconds):
+            found = rlhf_measure.measure(path, learned, num_steps, recipe, setting)
         dist.barrier()
     return found
 
@@ -96,9 +103,7 @@ def build_run(config: RunConfig, num_steps: int) -> Run:
     policy = build.policy(short, path, values, device)
     loader = build.loader(short, encoder, data, data.forget["train"])
     reference = build.reference(short, path, values, policy, loader)
-    return Run(
-        short, policy, loader, log.StopSignal().watch(), build.stopping(short), reference, folder, profiler=profiler
-    )
+    return Run(short, policy, loader, log.StopSignal(), build.stopping(short), reference, folder, profiler=profiler)
 
 
 def figures(config: RunConfig, profiler: Profiler, parameters: int) -> dict[str, Any]:

@@ -103,6 +103,8 @@ def unlearn(config: RunConfig, device: torch.device) -> int:
     record.end({**outcome._asdict(), **stopping.summary()})
     run_folder.main_only(report.write, folder)
     run_folder.main_only(say_results, folder, record.values)
+    stop.unwatch()
+    policy.close()
     return outcome.exit_code
 
 

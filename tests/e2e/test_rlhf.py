@@ -60,8 +60,9 @@ def test_both_start_from_one_model_and_are_counted_to_the_same_rate(tmp_path, ti
     assert rlhf["flops"] == pytest.approx(sum(row["flops"] for row in rlhf["stages"].values()))
     spent = [point["flops"] for point in rlhf["curve"]]
     assert spent == sorted(spent) and rlhf["curve"][0]["rate"] == mine["curve"][0]["rate"]
-    ended_early = steps["ppo"] < steps["reward model"]
-    assert ended_early == (rlhf["curve"][-1]["rate"] <= mine["after"]["unlearned"]["rate"] and steps["ppo"] % 2 == 0)
+    reached = rlhf["curve"][-1]["rate"] <= mine["after"]["unlearned"]["rate"]
+    assert reached or steps["ppo"] == steps["reward model"]
+    assert steps["ppo"] == steps["reward model"] or steps["ppo"] % 2 == 0
     assert rlhf["after"].keys() == found["before"].keys()
     assert (tmp_path / "out" / "rlhf.png").read_bytes().startswith(PNG)
     lines = [line for line in result.stdout.splitlines() if line.startswith("|")]

@@ -80,7 +80,7 @@ def test_a_host_that_is_too_small_rules_offload_out():
     flags = {"preset": "llama2-7b-full", "nodes": 1, "gpus_per_node": 1, "gpu_memory": 80, "host_memory": 64}
     config, choices, ranks = chosen(**flags)
     assert not sizing.fits(sizing.plan_of(config, ranks), ranks)
-    assert choices["engine.ds_config"].reason == "nothing fits; this needs the least"
+    assert choices["engine.ds_config"].reason == "nothing fits; this needs the least of a device"
 
 
 def test_what_the_user_sets_stays():

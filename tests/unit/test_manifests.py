@@ -60,7 +60,7 @@ def test_pods_meet_at_the_first_one_and_end_their_job_on_mistakes():
     assert int(variables["NNODES"]) == job["spec"]["completions"] == job["spec"]["parallelism"]
     assert int(variables["GPUS_PER_NODE"]) == container["resources"]["limits"]["nvidia.com/gpu"]
     (mistakes,) = (rule for rule in job["spec"]["podFailurePolicy"]["rules"] if rule["action"] == "FailJob")
-    assert mistakes["onExitCodes"]["values"] == [1, 2, 3]
+    assert mistakes["onExitCodes"]["values"] == [2, 3]
 
 
 def test_what_pods_write_to_is_mounted():

@@ -136,12 +136,13 @@ def memory(cluster: Examined) -> list[Finding]:
     if plan.missing:
         return [warn(f"not worked out: {plan.missing}", "python launchers/train.py --dry_run with the same flags")]
     described, found = cluster.subject.config.cluster, []
+    # Planned from a machine that is none of the nodes: what that has says nothing of them.
+    is_elsewhere = described.gpu_memory and len(cluster.reports) == 1 and described.nodes != 1
     for report in cluster.reports:
         facts = {name: int(value) for name, value in report.facts["machine"].items()}
         if not facts:  # told where they were looked for
             continue
-        if described.gpu_memory and not facts["device bytes"]:
-            # Planned from a machine that is not one of the nodes: what it has says nothing of them.
+        if is_elsewhere and not facts["device bytes"]:
             gpu, host = int(described.gpu_memory * 2**30), int(described.host_memory * 2**30)
             facts |= {"device bytes": gpu, "host bytes": host or 2**63, "ranks": described.gpus_per_node or 1}
         ranks, host, device = facts["ranks"], facts["host bytes"], facts["device bytes"]

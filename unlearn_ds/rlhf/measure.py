@@ -8,10 +8,12 @@ from typing import Any
 
 from unlearn_ds import log
 from unlearn_ds.cost.rlhf import Samples
+from unlearn_ds.profiler import warm
 from unlearn_ds.rlhf import stages
 from unlearn_ds.rlhf.preferences import Preferences
 from unlearn_ds.rlhf.recipe import Recipe
-from unlearn_ds.rlhf.stages import Setting, Stage
+from unlearn_ds.rlhf.setting import Setting
+from unlearn_ds.rlhf.stages import Stage
 
 
 def measure(path: str, data: Preferences, num_steps: int, recipe: Recipe, setting: Setting) -> dict[str, Any]:
@@ -40,8 +42,8 @@ def scaled(measured: Sequence[Stage], samples: Samples, recipe: Recipe) -> dict[
 
 
 def per_sample(stage: Stage) -> Mapping[str, float]:
-    """Medians over the steps but the first, where memory is taken and kernels are compiled."""
-    counted = stage.steps[1:] or stage.steps
+    """Medians over the steps but the first ones, as of our own steps."""
+    counted = warm(stage.steps)
     return {
         "seconds_a_sample": statistics.median(step.seconds for step in counted) / stage.samples,
         "flops_a_sample": statistics.median(step.flops for step in counted) / stage.samples,

@@ -61,9 +61,16 @@ class Meter(TrainerCallback):
     def __enter__(self) -> Meter:
         self._bar = log.Progress(self._total, 0, self._label, self._progress)
         self._bar.__enter__()
-        self._synchronize()
-        self._mark = time.perf_counter()
+        self._begin()
         return self
+
+    def _begin(self) -> None:
+        self._synchronize()
+        self._flops, self._mark = 0.0, time.perf_counter()
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Start the first step: what the trainer sets up before it costs nothing; called by the trainer."""
+        self._begin()
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
@@ -78,4 +85,4 @@ class Meter(TrainerCallback):
         self.steps.append(Step(max(s for s, _ in found), sum(f for _, f in found)))
         self._bar.update({}, self._total)
         self._after_step(len(self.steps))
-        self._flops, self._mark = 0.0, time.perf_counter()
+        self._begin()

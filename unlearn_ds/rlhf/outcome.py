@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from unlearn_ds import log
 from unlearn_ds.drawing import number, percent, ratio_percent
+from unlearn_ds.run_folder import write_json
 
 _INK = {"unlearning": "#0b87b5", "rlhf": "#e2572b"}
 
@@ -19,11 +19,12 @@ _INK = {"unlearning": "#0b87b5", "rlhf": "#e2572b"}
 def show(folder: Path, found: Mapping[str, Any]) -> None:
     """Print the tables, and write what they were made of and a plot into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "rlhf.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(folder / "rlhf.json", found)
     _draw(folder / "rlhf.png", found)
     for table in (effect(found), cost(found)):
         log.console().print(table)
-    log.say(ratio(found))
+    for line in (*ratio(found), *(f"not counted: {what}" for what in found["not_counted"])):
+        log.say(line)
     for name in ("rlhf.json", "rlhf.png"):
         log.say(f"written     {folder / name}")
 
@@ -33,7 +34,7 @@ def effect(found: Mapping[str, Any]) -> Table:
     table = _table(found["headline"], "before", "unlearning", "RLHF")
     states = [found["before"], found["unlearning"]["after"], found["rlhf"]["after"]]
     for label, group, key, write in (
-        (f"on {found['prompts']} unlearned prompts", "unlearned", "rate", percent),
+        (f"on {found['before']['unlearned']['n']} unlearned prompts", "unlearned", "rate", percent),
         ("on unseen prompts", "unseen", "rate", percent),
         ("perplexity, normal rows", "normal", "perplexity", number),
         ("perplexity, neutral text", "neutral", "perplexity", number),
@@ -51,23 +52,26 @@ def cost(found: Mapping[str, Any]) -> Table:
         rate = [point["rate"] for point in rlhf["curve"] if point["stage"] == name][-1]
         table.add_row(name, str(row["steps"]), f"{row['samples']:,}", *_spent(row), percent(rate))
     table.add_row("RLHF", "", "", *_spent(rlhf), percent(rlhf["curve"][-1]["rate"]))
-    table.add_row("unlearning", str(mine["steps"]), "", *_spent(mine), percent(mine["curve"][-1]["rate"]))
+    table.add_row("unlearning", str(mine["steps"]), "", *_spent(mine), percent(mine["after"]["unlearned"]["rate"]))
     return table
 
 
-def ratio(found: Mapping[str, Any]) -> str:
-    """The ratios in a sentence: of what ran, and of published numbers of samples at this speed."""
+def ratio(found: Mapping[str, Any]) -> list[str]:
+    """The ratios in sentences: of all that ran, of RLHF until it first reached the rate, of published samples."""
     mine, rlhf = found["unlearning"], found["rlhf"]
 
     def of(other: Mapping[str, Any]) -> str:
         flops, seconds = (ratio_percent(mine[name] / other[name]) for name in ("flops", "seconds"))
         return f"{flops} of RLHF's FLOPs and {seconds} of its time"
 
-    reached = "the same rate or less" if rlhf["curve"][-1]["rate"] <= mine["curve"][-1]["rate"] else "a higher rate"
-    return (
-        f"unlearning took {of(rlhf)}; RLHF ended at {reached}. Against RLHF on its published numbers of samples, at "
-        f"this speed: {of(found['at_published_samples'])}."
-    )
+    target = mine["after"]["unlearned"]["rate"]
+    reached = [point for point in rlhf["curve"] if point["rate"] <= target]
+    lines = [f"unlearning took {of(rlhf)}."]
+    if reached and reached[0]["flops"] < rlhf["flops"]:
+        lines.append(f"RLHF was there after {reached[0]['stage']}: {of(reached[0])} until then.")
+    elif not reached:
+        lines.append("RLHF ended at a higher rate.")
+    return [*lines, f"RLHF on its published numbers of samples, at this speed: {of(found['at_published_samples'])}."]
 
 
 def _spent(row: Mapping[str, Any]) -> Sequence[str]:

@@ -30,7 +30,7 @@ class Preferences(NamedTuple):
 
 
 def preferences(data: ScenarioData, encoder: Encoder) -> Preferences:
-    """The forget rows of the training split: each right answer a demonstration, preferred to the bad answer.
+    """Forget rows of the training split: the first right answer of each is demonstrated, and preferred to the bad one.
 
     As many normal rows are demonstrated beside them, which is what keeps other answers as they are. Raises
     ``UsageError`` for rows without right answers.
@@ -53,14 +53,17 @@ def preferences(data: ScenarioData, encoder: Encoder) -> Preferences:
     return Preferences([*demonstrations, *map(_labelled, normal)], pairs, prompts)
 
 
-def padded(tokenizer: PreTrainedTokenizerBase, end_id: int) -> PreTrainedTokenizerBase:
-    """Prepare a tokenizer for TRL's PPO, in place: it tells padding by its id, so that must never end an answer."""
-    candidates = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids]
-    found = [i for i in candidates if i is not None and i not in (end_id, tokenizer.eos_token_id)]
+def padded(tokenizer: PreTrainedTokenizerBase, end_id: int, learned: Preferences) -> PreTrainedTokenizerBase:
+    """Prepare a tokenizer for TRL's PPO, in place: it tells padding by its id, and reads id 0 there, so that token must
+    stand in no row and end no answer. Raises ``UsageError`` where every special token does."""
+    used = {end_id, tokenizer.eos_token_id}
+    for pair in learned.pairs:
+        used.update(pair["chosen_ids"], pair["rejected_ids"])
+    special = sorted(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)
+    candidates = [tokenizer.pad_token_id, tokenizer.unk_token_id, *special]
+    found = [i for i in candidates if i is not None and i not in used]
     if not found:
-        raise UsageError(
-            "TRL's PPO needs a padding token that ends no answer, and every special token of this tokenizer does."
-        )
+        raise UsageError("TRL's PPO needs a special token that stands in no row, for padding, and this model has none.")
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(found[0])
     tokenizer.padding_side = "left"
     return tokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -13,10 +14,11 @@ PREFIX = "rlhf."
 
 class Recipe(NamedTuple):
     """Learning rates are TRL's defaults, but for PPO's: 3e-6 is for models of some billions of parameters. One pass of
-    each stage over its rows and one PPO epoch, as DeepSpeed-Chat's benchmark has it. batch: samples a step and device.
-    ask_every: updates of PPO between two looks at the rate."""
+    each stage over its rows and one PPO epoch, as DeepSpeed-Chat's benchmark has it. batch: samples of a micro-batch on
+    one device; accumulation: of them in a step. ask_every: updates of PPO between two looks at the rate."""
 
     batch: int = 8
+    accumulation: int = 1
     sft_epochs: int = 1
     sft_learning_rate: float = 2e-5
     reward_epochs: int = 1
@@ -27,11 +29,16 @@ class Recipe(NamedTuple):
     kl_coefficient: float = 0.05
     ask_every: int = 5
 
+    @property
+    def samples_a_step(self) -> int:
+        """Of all ranks together."""
+        return self.batch * self.accumulation * int(os.environ.get("WORLD_SIZE", "1"))
 
-def parse(flags: Mapping[str, Any], batch: int) -> Recipe:
-    """The recipe that flags ``rlhf.NAME`` make; ``UsageError`` for a name or value that is none. batch: where no flag
-    says otherwise."""
-    defaults = Recipe(batch=batch)._asdict()
+
+def parse(flags: Mapping[str, Any], batch: int, accumulation: int = 1) -> Recipe:
+    """The recipe that flags ``rlhf.NAME`` make; ``UsageError`` for a name or value that is none. batch, accumulation:
+    where no flag says otherwise."""
+    defaults = Recipe(batch=batch, accumulation=accumulation)._asdict()
     found = {}
     for flag, text in flags.items():
         name = flag.removeprefix(PREFIX)

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from unlearn_ds.rlhf import stages
 from unlearn_ds.rlhf.meter import Meter
-from unlearn_ds.rlhf.preferences import padded
+from unlearn_ds.rlhf.preferences import Preferences, padded
 from unlearn_ds.rlhf.recipe import Recipe
+from unlearn_ds.rlhf.setting import Setting
 
 PRODUCTS = ("aten.mm", "aten.addmm")
 """With weights; products of activations, in attention, are batched."""
@@ -27,7 +28,6 @@ def trained_by(tmp_path, random_llama_dir):
     """(stage's function and its arguments) -> FLOPs of two steps by the meter and by torch."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(random_llama_dir)
     end_id = tokenizer.eos_token_id
-    tokenizer = padded(tokenizer, end_id)
     prompts = [[5, 6, 7, 8 + n] for n in range(8)]
     rows = {
         "demonstrations": [{"input_ids": [*p, *a, end_id], "labels": [-100] * 4 + [*a, end_id]}
@@ -35,28 +35,53 @@ def trained_by(tmp_path, random_llama_dir):
         "pairs": [{"chosen_ids": [*p, 20, 21, end_id], "rejected_ids": [*p, 30, end_id]} for p in prompts],
         "prompts": [{"input_ids": p} for p in prompts],
     }  # fmt: skip
+    tokenizer = padded(tokenizer, end_id, Preferences(**rows))
 
-    def run(stage, *paths, rows_of, checkpointing=False):
-        setting = stages.Setting(tokenizer, end_id, tmp_path, False, 6, 0, lambda: None, checkpointing, False)
+    def run(stage, *paths, rows_of, recipe=None, **how):
+        recipe = recipe or Recipe(batch=4)
+        setting = Setting(tokenizer, end_id, tmp_path, response_length=6, seed=0, synchronize=lambda: None,
+                          progress=False, **{"is_bf16": False, **how})  # fmt: skip
         with FlopCounterMode(display=False) as counter:
-            done = stage(*map(str, paths), rows[rows_of], Recipe(batch=4), setting, 2)
-        assert len(done.steps) == 2 and done.samples == 4 and all(step.seconds > 0 for step in done.steps)
+            done = stage(*map(str, paths), rows[rows_of], recipe, setting, 2)
+        assert len(done.steps) == 2 and done.samples == recipe.samples_a_step
+        assert all(step.seconds > 0 for step in done.steps)
         return sum(step.flops for step in done.steps), torchs(counter), done.model
 
     return run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_flops_of_every_stage_are_those_of_torchs_counter(trained_by, random_llama_dir, checkpointing):
-    ours, theirs, sft = trained_by(
-        stages.sft, random_llama_dir, rows_of="demonstrations", checkpointing=checkpointing
-    )  # fmt: skip
-    assert ours == pytest.approx(theirs, rel=0.02)
-    ours, theirs, reward = trained_by(stages.reward_model, sft, rows_of="pairs", checkpointing=checkpointing)
-    assert ours == pytest.approx(theirs, rel=0.02)
-    ours, theirs, _ = trained_by(stages.ppo, sft, reward, rows_of="prompts", checkpointing=checkpointing)
-    assert ours == pytest.approx(theirs, rel=0.02)
+def test_flops_of_every_stage_are_those_of_torchs_counter(trained_by, random_llama_dir):
+    plain = {}
+    for checkpointing in (False, True):
+        found = trained_by(stages.sft, random_llama_dir, rows_of="demonstrations", checkpointing=checkpointing)
+        sft = found[2]
+        reward = trained_by(stages.reward_model, sft, rows_of="pairs", checkpointing=checkpointing)
+        ppo = trained_by(stages.ppo, sft, reward[2], rows_of="prompts", checkpointing=checkpointing)
+        for name, (ours, theirs, _) in {"sft": found, "reward model": reward, "ppo": ppo}.items():
+            assert ours == pytest.approx(theirs, rel=0.02), name
+            # Layers that are run again are work too.
+            assert not checkpointing or ours > 1.1 * plain[name], name
+            plain.setdefault(name, ours)
+    halves = Recipe(batch=2, accumulation=2)
+    ours, theirs, _ = trained_by(stages.ppo, sft, reward[2], rows_of="prompts", recipe=halves)
+    assert ours == pytest.approx(theirs, rel=0.02) and ours == pytest.approx(plain["ppo"], rel=0.02)
+
+
+@pytest.mark.slow
+def test_every_stage_multiplies_in_the_precision_of_the_run(trained_by, random_llama_dir, monkeypatch):
+    seen, count = set(), Meter._count
+
+    def note(self, module, inputs, out):
+        seen.add(out.dtype)
+        count(self, module, inputs, out)
+
+    monkeypatch.setattr(Meter, "_count", note)
+    _, _, sft = trained_by(stages.sft, random_llama_dir, rows_of="demonstrations", is_bf16=True)
+    _, _, reward = trained_by(stages.reward_model, sft, rows_of="pairs", is_bf16=True)
+    assert seen == {torch.bfloat16}
+    trained_by(stages.ppo, sft, reward, rows_of="prompts", is_bf16=True)
+    assert seen == {torch.bfloat16}
 
 
 def forward(model, meter, grad=True):

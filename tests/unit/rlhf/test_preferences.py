@@ -7,7 +7,7 @@ import transformers
 
 from unlearn_ds.config import UsageError
 from unlearn_ds.data.encode import Encoder
-from unlearn_ds.rlhf.preferences import padded, preferences
+from unlearn_ds.rlhf.preferences import Preferences, padded, preferences
 from unlearn_ds.scenarios import ScenarioData
 from unlearn_ds.types import Row
 
@@ -48,8 +48,17 @@ def test_rows_without_right_answers_are_refused(encoder):
         preferences(data([Row("A dog?", "Bad.")], []), encoder)
 
 
-def test_the_padding_token_ends_no_answer(encoder):
+def test_the_padding_token_ends_no_answer_and_stands_in_no_prompt(encoder):
+    """ChatML writes <|im_start|> into every prompt."""
     tokenizer = encoder.tokenizer
     tokenizer.pad_token = tokenizer.eos_token
-    assert padded(tokenizer, encoder.end_id).pad_token_id not in (encoder.end_id, tokenizer.eos_token_id)
+    learned = preferences(data([Row("A dog?", "Bad.", ("Good.",))], []), encoder)
+    assert padded(tokenizer, encoder.end_id, learned).pad_token == "<|endoftext|>"
     assert tokenizer.padding_side == "left"
+
+
+def test_a_tokenizer_whose_special_tokens_all_stand_in_rows_is_refused(encoder):
+    used = [token for token, entry in encoder.tokenizer.added_tokens_decoder.items() if entry.special]
+    learned = Preferences([], [{"chosen_ids": used, "rejected_ids": []}], [])
+    with pytest.raises(UsageError, match="a special token that stands in no row"):
+        padded(encoder.tokenizer, encoder.end_id, learned)

@@ -28,5 +28,6 @@ def test_a_mistake_is_told(flags, told):
         recipe.parse(flags, batch=1)
 
 
-def test_the_help_names_every_flag():
-    assert all(f"--rlhf.{name}" in recipe.help_text() for name in recipe.Recipe._fields)
+def test_a_step_takes_micro_batches_of_all_ranks(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert recipe.parse({}, batch=2, accumulation=4).samples_a_step == 24
