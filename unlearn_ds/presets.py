@@ -141,9 +141,10 @@ _EMBEDDED = {
         "memorize.epochs": 2,
         "memorize.batch_size": 8,
         "memorize.learning_rate": 5e-4,
-        "objective.eps_mismatch": 0.8,
+        "objective.eps_mismatch": 1.0,
         "objective.eps_retain": 4.0,
-        "optim.learning_rate": 2e-4,
+        "optim.learning_rate": 2.2e-4,
+        "optim.max_steps": 42,
         "optim.retain_batch_size": 8,
     },
     # Pieces are three times as long as questions with answers, so there are fewer in a step.
