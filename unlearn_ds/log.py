@@ -33,7 +33,7 @@ def quiet() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|deepspeed|transformers|trl)\..*")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"(torch|deepspeed|transformers|trl|accelerate)\..*")
     for name in _QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     # It logs what it then raises, and we tell what it raised.
