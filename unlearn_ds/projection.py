@@ -78,7 +78,7 @@ def print_projection(found: Mapping[str, Any]) -> None:
 def print_measured_rlhf(found: Mapping[str, Any]) -> None:
     """RLHF as it ran here beside the unlearning run: seconds and FLOPs of published numbers of samples."""
     rlhf, measured = found["rlhf_measured"], found["measured"]
-    table = _table("measured here", "s a sample", "FLOPs a sample", "samples", "hours here", "FLOPs")
+    table = _table("measured here", "s a sample", "FLOPs a sample", "samples", "hours", "FLOPs")
     for name, row in rlhf["stages"].items():
         table.add_row(
             name, f"{row['seconds_a_sample']:.3g}", f"{row['flops_a_sample']:.2e}", f"{row['samples']:,}",

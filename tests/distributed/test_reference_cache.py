@@ -40,6 +40,7 @@ def worker(rank, folder):
     build_cache(shared, hidden_rows, ROWS, CPU, rows_per_batch=2)
     there = CachedReference(shared, None)
     found = {"files": len(list(shared.glob("*.json"))), "rows": [there.read(row.key).tolist() for row in ROWS]}
+    dist.barrier()  # both have read: what is mapped changes now
     if rank == 0:
         (file,) = shared.glob("*-00001-of-00002.safetensors")
         file.write_bytes(b"broken")

@@ -65,7 +65,7 @@ def ratio(found: Mapping[str, Any]) -> list[str]:
         return f"{flops} of RLHF's FLOPs and {seconds} of its time"
 
     target = mine["after"]["unlearned"]["rate"]
-    reached = [point for point in rlhf["curve"] if point["rate"] <= target]
+    reached = [point for point in rlhf["curve"] if point["flops"] and point["rate"] <= target]
     lines = [f"unlearning took {of(rlhf)}."]
     if reached and reached[0]["flops"] < rlhf["flops"]:
         lines.append(f"RLHF was there after {reached[0]['stage']}: {of(reached[0])} until then.")
