@@ -39,10 +39,10 @@ def main(*positional: str, **flags: object) -> None:
     run_folder.check(run)
     problems = doctor.before_run(run)
     how = recipe.parse(own, run.optim.batch_size, run.optim.gradient_accumulation_steps)
-    against_rlhf.check(run, how)
+    ready = against_rlhf.check(run, how)
     code = trainer.train(run, problems)
     if code == FINISHED:
-        against_rlhf.main(run, how, folder)
+        against_rlhf.main(run, ready, how, folder)
     dist.shutdown()
     sys.exit(code)
 

@@ -9,18 +9,15 @@ import sys
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.elastic.utils.logging import get_logger
 
 if __name__ == "__main__":
-    for name in ("multiprocessing.api", "agent.server.api", "rendezvous.dynamic_rendezvous"):
-        get_logger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    logging.disable(logging.ERROR)  # of this process alone: ranks are others
     try:
         run.main()
     except ChildFailedError as error:
-        for rank, failure in sorted(error.failures.items()):
-            if failure.exitcode < 0:  # a rank that ended by itself has said why
-                print(f"error: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
+        rank, failure = error.get_first_failure()  # the others were ended for it
+        if failure.exitcode < 0:  # a rank that ended by itself has said why
+            print(f"error: rank {rank} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
         sys.exit(1)  # supervise.py knows what each rank ended with
     except SignalException:
         sys.exit(1)

@@ -57,7 +57,8 @@ free_port_on() {
 
 # Ends where something listens on a port of this node already.
 check_port() {
-  "$PYTHON" - "$1" <<< 'import socket, sys; socket.create_server(("", int(sys.argv[1]))).close()' 2> /dev/null ||
+  "$PYTHON" -c 'import sys; from unlearn_ds.preflight import network; network.listen(int(sys.argv[1])).close()' "$1" \
+    2> /dev/null ||
     fail "port $1 of this node is busy, or no port: set MASTER_PORT to a free one on all nodes"
 }
 

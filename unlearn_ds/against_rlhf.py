@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from unlearn_ds import build, dist, ds_json, embedded, engine, log, memorize, run_folder
+from unlearn_ds import build, dist, ds_json, engine, log, memorize, run_folder
 from unlearn_ds import model as models
 from unlearn_ds.config import SELF, RunConfig, UsageError, weighted
 from unlearn_ds.cost.rlhf import Samples
@@ -19,52 +19,42 @@ from unlearn_ds.model import PackedCausalLM
 from unlearn_ds.registry import SCENARIOS, resolve
 from unlearn_ds.rlhf import measure, outcome, stages
 from unlearn_ds.rlhf import setting as settings
-from unlearn_ds.rlhf.preferences import Preferences, preferences
+from unlearn_ds.rlhf.preferences import Preferences
 from unlearn_ds.rlhf.recipe import Recipe
-from unlearn_ds.rlhf.setting import Setting
+from unlearn_ds.rlhf.setting import Ready, Setting
 from unlearn_ds.rlhf.stages import Stage
 
 
-def check(config: RunConfig, recipe: Recipe) -> None:
+def check(config: RunConfig, recipe: Recipe) -> Ready:
     """Join the other ranks, and raise ``UsageError`` for what would be found out only after the unlearning run."""
-    settings.check_installed()
     if not config.eval.enabled:
         raise UsageError("--eval.enabled false: without a rate there is nothing to compare.")
     engine.start(config.engine)
-    path = embedded.locate(config.model.path)
-    settings.check_model(path, config.model.revision)
-    encoder = build.encoder(config, path)
-    learned = preferences(resolve("scenario", config.scenario, SCENARIOS).load(config, encoder), encoder)
-    stages.check_rows(learned.prompts, recipe)
-    settings.padded(encoder.tokenizer, encoder.end_id, learned)
+    return settings.ready(config, recipe)
 
 
-def main(config: RunConfig, recipe: Recipe, folder: Path) -> None:
+def main(config: RunConfig, ready: Ready, recipe: Recipe, folder: Path) -> None:
     """RLHF from the model that the finished run of ``config`` began with: all of SFT and reward model, and PPO until
     its rate is that run's or lower, or its passes are over. Writes ``rlhf.json`` and ``rlhf.png`` into ``folder`` and
     prints a table. Evaluations cost neither side anything.
     """
     with Heartbeat(config.engine.heartbeat_seconds):
-        compare(config, engine.start(config.engine), recipe, folder)
+        compare(config, engine.start(config.engine), ready, recipe, folder)
 
 
-def compare(config: RunConfig, device: torch.device, recipe: Recipe, folder: Path) -> None:
+def compare(config: RunConfig, device: torch.device, ready: Ready, recipe: Recipe, folder: Path) -> None:
     """``main``, once the ranks have met."""
     unlearned = Path(config.output_dir or "")
     evaluation = json.loads((unlearned / "evaluation.json").read_text(encoding="utf-8"))
-    path = embedded.locate(config.model.path)
-    encoder = build.encoder(config, path)
+    path, encoder, data, learned = ready
     scenario = resolve("scenario", config.scenario, SCENARIOS)
-    data = scenario.load(config, encoder)
-    learned = preferences(data, encoder)
     evaluator = Evaluator(config.eval, scenario, data, encoder)
     if config.memorize.enabled:
         stop = log.StopSignal()  # does not watch: a signal ends what no checkpoint could go on with
         path, _ = memorize.memorized(
             config, path, ds_json.load(config.engine.ds_config), encoder, data, evaluator, device, stop
         )
-    # A tokenizer of its own: RLHF pads in another way.
-    setting = settings.setting(config, build.encoder(config, path), learned, folder, engine.synchronize)
+    setting = settings.setting(config, path, learned, folder, engine.synchronize)
     curve = Curve(config, device, evaluator, evaluation["before"]["unlearned"]["rate"])
     trained = align(path, learned, recipe, setting, curve, evaluation["after"]["unlearned"]["rate"])
     before = run_folder.EvaluationRecord(unlearned, config.scenario, scenario.label, None, False).restore()

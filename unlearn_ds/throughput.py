@@ -18,8 +18,6 @@ from unlearn_ds.profiler import Profiler, warm
 from unlearn_ds.registry import SCENARIOS, resolve
 from unlearn_ds.rlhf import measure as rlhf_measure
 from unlearn_ds.rlhf import setting as settings
-from unlearn_ds.rlhf import stages
-from unlearn_ds.rlhf.preferences import preferences
 from unlearn_ds.rlhf.recipe import Recipe
 
 DEFAULT_DEVICE = "A100-80G"
@@ -34,12 +32,13 @@ def main(
     device, num_devices: of the cluster that RLHF is modelled on; "" for the device that is measured. with_rlhf: run a
     few steps of SFT, reward model and PPO here too.
     """
-    if with_rlhf:
-        settings.check_installed()
     if not config.log.verbose:
         log.quiet()  # once more: DeepSpeed sets the level of its logger on import
+    engine.start(config.engine)
+    recipe = Recipe(config.optim.batch_size, config.optim.gradient_accumulation_steps)
+    ready = settings.ready(config, recipe) if with_rlhf else None
     measured, actor = measure(config, num_steps)
-    rlhf = measure_rlhf(config, num_steps) if with_rlhf else None
+    rlhf = measure_rlhf(config, ready, recipe, num_steps) if ready else None
     if dist.is_main():
         cluster = Cluster(device or devices.memory_name(measured["device"]) or DEFAULT_DEVICE, num_devices)
         found = projection.project(measured, actor, config.optim.max_steps, against, cluster)
@@ -67,21 +66,14 @@ def measure(config: RunConfig, num_steps: int) -> tuple[dict[str, Any], Actor]:
     return figures(config, run.profiler, size.total), actor
 
 
-def measure_rlhf(config: RunConfig, num_steps: int) -> dict[str, Any]:
+def measure_rlhf(config: RunConfig, ready: settings.Ready, recipe: Recipe, num_steps: int) -> dict[str, Any]:
     """A few steps of each stage of RLHF on the same model, prompts, batch and devices, scaled to published samples."""
-    path = embedded.locate(config.model.path)
-    settings.check_model(path, config.model.revision)
-    encoder = build.encoder(config, path)
-    data = resolve("scenario", config.scenario, SCENARIOS).load(config, encoder)
-    learned = preferences(data, encoder)
-    recipe = Recipe(config.optim.batch_size, config.optim.gradient_accumulation_steps)
-    stages.check_rows(learned.prompts, recipe)
     with tempfile.TemporaryDirectory(dir=config.output_dir, ignore_cleanup_errors=True) as folder:
         # One folder for all ranks: the main one's.
         shared = Path(dist.gather_objects(folder)[0])
-        setting = settings.setting(config, encoder, learned, shared, engine.synchronize)
+        setting = settings.setting(config, ready.path, ready.learned, shared, engine.synchronize)
         with Heartbeat(config.engine.heartbeat_seconds):
-            found = rlhf_measure.measure(path, learned, num_steps, recipe, setting)
+            found = rlhf_measure.measure(ready.path, ready.learned, num_steps, recipe, setting)
         dist.barrier()
     return found
 

@@ -58,8 +58,8 @@ LEVELS = {
         "projection",
         "sizing",
     ],
-    4: ["evaluate", "choose", "scaling", "build", "prepare", "own_answers", "export", "comparison", "rlhf"],
-    5: ["loop", "plan", "doctor"],
+    4: ["evaluate", "choose", "scaling", "build", "prepare", "own_answers", "export", "comparison"],
+    5: ["loop", "plan", "doctor", "rlhf"],
     6: ["memorize", "command"],
     7: ["trainer", "throughput", "against_rlhf"],
 }

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import os
+import time
 
+import pytest
 import torch
 
-from unlearn_ds import dist
+from unlearn_ds import dist, local_files
 
 CPU = torch.device("cpu")
 
@@ -32,3 +34,33 @@ def test_the_environment_of_a_launcher_is_left_alone(monkeypatch):
     monkeypatch.setenv("MASTER_PORT", "12345")
     dist.default_environment()
     assert (os.environ["RANK"], os.environ["MASTER_PORT"]) == ("3", "12345")
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_a_rank_that_waits_for_others_says_so_and_for_what(monkeypatch, tmp_path, capsys, built):
+    for name, value in (("LOCAL_RANK", "0"), ("WORLD_SIZE", "4"), ("MASTER_ADDR", "n1"), ("MASTER_PORT", "2950")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(dist, "device_type", lambda: "cpu")
+    if built:
+        (tmp_path / "deepspeed_shm_comm.so").touch()
+    monkeypatch.setattr(dist, "FIRST_WORD", 0.01)
+    with dist.waiting():
+        time.sleep(0.5)
+    said = capsys.readouterr().out
+    assert said.count("waiting") == 1  # the next word comes much later
+    assert ("for 4 ranks to meet at n1:2950" if built else "compiled once") in said
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with dist.waiting():
+        time.sleep(0.1)
+    assert not capsys.readouterr().out
+
+
+def test_ops_are_compiled_into_the_environment_that_runs(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.prefix", str(tmp_path))
+    for before, after in ((None, str(tmp_path / "torch_extensions")), ("/elsewhere", "/elsewhere")):
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", before or "")
+        if before is None:
+            monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+        local_files.keep_ops_in_environment()
+        assert os.environ["TORCH_EXTENSIONS_DIR"] == after

@@ -100,18 +100,17 @@ def test_a_launcher_that_ends_well_though_its_ranks_have_not_is_not_believed():
     assert process.returncode == 76
 
 
-def test_a_signal_while_the_launcher_waits_for_other_nodes_ends_it():
-    process = start(sys.executable, "-c", "import time; print('up', flush=True); time.sleep(60)")
-    assert process.stdout.readline() == "up\n"
-    process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate(timeout=20)
-    assert process.returncode == 75 and "before the ranks had met" in said
+DEAF = RANK.replace("asked.append(1)", "None")
+"""A rank that no handler interrupts."""
 
 
-def test_a_signal_while_ranks_wait_for_other_nodes_ends_them():
-    """They stand in a call that no handler interrupts, and have nothing to save."""
-    deaf = RANK.replace("asked.append(1)", "None")
-    process = start(sys.executable, "-c", LAUNCHER, deaf, "alone")
+@pytest.mark.parametrize(
+    "command",
+    [("-c", "import time; print('up', flush=True); time.sleep(60)"), ("-c", LAUNCHER, DEAF, "alone")],
+    ids=["before it starts ranks", "while they join the others"],
+)
+def test_a_signal_to_a_node_that_waits_for_others_ends_it(command):
+    process = start(sys.executable, *command)
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=20)
@@ -120,8 +119,7 @@ def test_a_signal_while_ranks_wait_for_other_nodes_ends_them():
 
 def test_a_second_signal_ends_ranks_that_do_not_listen():
     """Ranks that hang never come to the end of a step."""
-    deaf = RANK.replace("asked.append(1)", "None")
-    process = start(sys.executable, "-c", LAUNCHER, deaf, "wait")
+    process = start(sys.executable, "-c", LAUNCHER, DEAF, "wait")
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGTERM)
     time.sleep(supervise.PATIENCE + 1)

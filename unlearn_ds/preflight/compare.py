@@ -136,15 +136,14 @@ def memory(cluster: Examined) -> list[Finding]:
     if plan.missing:
         return [warn(f"not worked out: {plan.missing}", "python launchers/train.py --dry_run with the same flags")]
     described, found = cluster.subject.config.cluster, []
-    # Planned from a machine that is none of the nodes: what that has says nothing of them.
-    is_elsewhere = described.gpu_memory and len(cluster.reports) == 1 and described.nodes != 1
-    for report in cluster.reports:
-        facts = {name: int(value) for name, value in report.facts["machine"].items()}
+    machines = [{name: int(value) for name, value in report.facts["machine"].items()} for report in cluster.reports]
+    if described.gpu_memory and not any(facts.get("device bytes") for facts in machines):
+        # GPUs are described and none is here: this is no machine that will run, and what it has says nothing of those.
+        gpu, host = (int(gib * 2**30) for gib in (described.gpu_memory, described.host_memory))
+        machines = [{"ranks": described.gpus_per_node or 1, "host bytes": host or 2**63, "device bytes": gpu}]
+    for report, facts in zip(cluster.reports, machines, strict=False):
         if not facts:  # told where they were looked for
             continue
-        if is_elsewhere and not facts["device bytes"]:
-            gpu, host = int(described.gpu_memory * 2**30), int(described.host_memory * 2**30)
-            facts |= {"device bytes": gpu, "host bytes": host or 2**63, "ranks": described.gpus_per_node or 1}
         ranks, host, device = facts["ranks"], facts["host bytes"], facts["device bytes"]
         on_host = ranks * (plan.host + (0 if device else plan.device))
         states = ranks * (plan.host + (0 if device else plan.device_states))

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from unlearn_ds.config import UsageError
 from unlearn_ds.data.encode import Encoder
+from unlearn_ds.rlhf.recipe import Recipe
 from unlearn_ds.scenarios import ScenarioData
 from unlearn_ds.types import IGNORE_INDEX, EncodedRow
 
@@ -51,6 +52,15 @@ def preferences(data: ScenarioData, encoder: Encoder) -> Preferences:
         prompts.append({"input_ids": list(chosen.prompt_ids)})
     normal = encoder.encode_all(data.normal["train"][: len(rows)])
     return Preferences([*demonstrations, *map(_labelled, normal)], pairs, prompts)
+
+
+def check_rows(prompts: Rows, recipe: Recipe) -> None:
+    """Raise ``UsageError`` for fewer prompts than an update of PPO takes."""
+    if len(prompts) < recipe.samples_a_step:
+        raise UsageError(
+            f"PPO takes {recipe.samples_a_step} prompts at a time and there are {len(prompts)}: take a smaller "
+            "--batch_size."
+        )
 
 
 def padded(tokenizer: PreTrainedTokenizerBase, end_id: int, learned: Preferences) -> PreTrainedTokenizerBase:

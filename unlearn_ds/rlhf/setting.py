@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from unlearn_ds import dist, ds_json
+from unlearn_ds import build, dist, ds_json, embedded
 from unlearn_ds import model as models
 from unlearn_ds.config import RunConfig, UsageError
 from unlearn_ds.data.encode import Encoder
-from unlearn_ds.rlhf.preferences import Preferences, padded
+from unlearn_ds.registry import SCENARIOS, resolve
+from unlearn_ds.rlhf.preferences import Preferences, check_rows, padded, preferences
 from unlearn_ds.rlhf.recipe import Recipe
+from unlearn_ds.scenarios import ScenarioData
 
 BYTES_PER_PARAMETER = 40
 """On every device: weights, gradient and two moments of policy and critic, weights of reference and reward, in fp32."""
@@ -48,11 +50,34 @@ class Setting(NamedTuple):
         }  # fmt: skip
 
 
+class Ready(NamedTuple):
+    """Where the model of a run lies, and its rows, read: all that RLHF needs beside a recipe."""
+
+    path: str
+    encoder: Encoder
+    data: ScenarioData
+    learned: Preferences
+
+
+def ready(config: RunConfig, recipe: Recipe) -> Ready:
+    """Read what RLHF learns from. Raises ``UsageError`` for whatever would keep one of its stages from running, so ask
+    before anything is trained, and once the ranks have met."""
+    check_installed()
+    path = embedded.locate(config.model.path)
+    check_model(path, config.model.revision)
+    encoder = build.encoder(config, path)
+    data = resolve("scenario", config.scenario, SCENARIOS).load(config, encoder)
+    learned = preferences(data, encoder)
+    check_rows(learned.prompts, recipe)
+    padded(build.encoder(config, path).tokenizer, encoder.end_id, learned)
+    return Ready(path, encoder, data, learned)
+
+
 def setting(
-    config: RunConfig, encoder: Encoder, learned: Preferences, folder: Path, synchronize: Callable[[], None]
+    config: RunConfig, path: str, learned: Preferences, folder: Path, synchronize: Callable[[], None]
 ) -> Setting:
-    """The setting of a run's model, answers as long as its evaluation generates them. Changes the encoder's tokenizer
-    (``preferences.padded``)."""
+    """The setting of a run whose model lies at ``path``, answers as long as its evaluation generates them."""
+    encoder = build.encoder(config, path)  # one of its own: RLHF pads in another way
     return Setting(
         tokenizer=padded(encoder.tokenizer, encoder.end_id, learned), end_id=encoder.end_id, folder=folder,
         is_bf16=ds_json.is_bf16(ds_json.load(config.engine.ds_config)), response_length=config.eval.max_new_tokens,

@@ -21,7 +21,7 @@ from transformers.trainer_callback import PrinterCallback
 from unlearn_ds import dist
 from unlearn_ds.config import UsageError
 from unlearn_ds.rlhf.meter import Enough, Meter, Step
-from unlearn_ds.rlhf.preferences import Rows
+from unlearn_ds.rlhf.preferences import Rows, check_rows
 from unlearn_ds.rlhf.recipe import Recipe
 from unlearn_ds.rlhf.setting import Setting
 
@@ -75,7 +75,6 @@ def ppo(
     """
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    batch = recipe.samples_a_step
     check_rows(rows, recipe)
     policy, reference = (_load(AutoModelForCausalLM, path, setting) for _ in range(2))
     reward, critic = (_scalar(reward_path, setting) for _ in range(2))
@@ -86,7 +85,7 @@ def ppo(
     num_steps = _num_steps(rows, recipe.ppo_passes, recipe, steps)
     arguments = PPOConfig(
         **setting.arguments(recipe, recipe.ppo_learning_rate), kl_coef=recipe.kl_coefficient,
-        total_episodes=num_steps * batch, num_ppo_epochs=recipe.ppo_epochs,
+        total_episodes=num_steps * recipe.samples_a_step, num_ppo_epochs=recipe.ppo_epochs,
         response_length=setting.response_length, stop_token_id=setting.end_id, num_sample_generations=0,
     )  # fmt: skip
     trainer = PPOTrainer(
@@ -98,15 +97,6 @@ def ppo(
         return _trained(
             "ppo", trainer, [policy, reference, reward, critic], num_steps, recipe, setting, enough
         )  # fmt: skip
-
-
-def check_rows(rows: Rows, recipe: Recipe) -> None:
-    """Raise ``UsageError`` for fewer prompts than an update of PPO takes."""
-    if len(rows) < recipe.samples_a_step:
-        raise UsageError(
-            f"PPO takes {recipe.samples_a_step} prompts at a time and there are {len(rows)}: take a smaller "
-            "--batch_size."
-        )
 
 
 def _trained(

@@ -116,6 +116,23 @@ def test_the_memory_plan_is_held_against_every_node(cluster, plan, device_bytes,
     assert found.status == status and (status == "ok" or plan.missing or found.node == "n2")
 
 
+@pytest.mark.parametrize(
+    ("flags", "status"),
+    [
+        ({"host_memory": "600"}, "ok"), ({"host_memory": "400"}, "fail"), ({}, "ok"),  # without it nothing is known
+        ({"host_memory": "600", "gpu_memory": "40"}, "fail"),
+    ],
+)  # fmt: skip
+def test_a_plan_for_nodes_that_flags_describe_is_not_held_against_a_machine_without_gpus(cluster, flags, status):
+    """A login node: 64 GiB, no GPU; eight ranks take 512 GiB of the host that will run."""
+    plan = MemoryPlan(50 * GIB, 60 * GIB, 64 * GIB)
+    described = {"gpu_memory": "80", "gpus_per_node": "8", "cluster.nodes": "1", **flags}
+    (found,) = compare.memory(cluster(report("login"), plan=plan, **described))
+    assert found.status == status
+    here = cluster(report("n1", facts={"machine": {"device bytes": str(80 * GIB)}}), plan=plan, **described)
+    assert compare.memory(here)[0].status == "fail"  # a node that has GPUs is one that will run
+
+
 def test_nodes_without_an_answer_take_no_part(subject):
     silent = Report("n2", [fail("unreachable", "")._replace(check="reach", node="n2")], {})
     found = compare.compare(subject(nodes=NODES[:2]), [report("n1"), silent], MemoryPlan())

@@ -100,3 +100,9 @@ def test_tokens_show_who_sees_one_folder_and_leave_nothing(tmp_path, subject):
     assert first.seen(range(3)) == [0]
     first.close()
     assert not list(tmp_path.glob(".doctor*"))
+
+
+def test_a_model_that_has_to_be_fetched_needs_room_in_the_hubs_cache(subject, clean):
+    wanted = {need.what: need.num_bytes for need in disk.needs(subject(preset="llama2-7b-full"))}
+    assert wanted["the model from the hub"] == pytest.approx(2 * 6.738e9, rel=1e-3)
+    assert wanted["the exported model"] == wanted["the model from the hub"]

@@ -162,3 +162,8 @@ def test_settings_of_a_run_differ_by_content_not_by_path(tmp_path):
     assert of("a") == of("b") != of("c")
     usual, other = of("a"), of("a", save_every="3")
     assert {name for name in usual if usual[name] != other[name]} == {"--checkpoint.save_every"}
+
+
+def test_the_size_of_a_presets_model_is_known_before_it_is_fetched(subject):
+    assert files.num_parameters(subject(preset="llama3-70b").config) == pytest.approx(70.55e9, rel=1e-3)
+    assert files.num_parameters(subject(model="nobody/knows-this").config) is None
