@@ -58,8 +58,9 @@ for ((n = 1; n <= NUM_NODES; n++)); do
     ip addr add 10.$SUBNET.0.$n/24 dev eth0
     ip link set eth0 up
     mount --bind '$FOLDER/hosts' /etc/hosts
-    mkdir -p ~/.ssh
-    mount --bind '$FOLDER/ssh' ~/.ssh
+    # ssh takes the home of the user's entry, whatever HOME is.
+    mkdir -p ~root/.ssh
+    mount --bind '$FOLDER/ssh' ~root/.ssh
     mount -t tmpfs -o size=64m tmpfs '$FOLDER/own'
   "
   cat > "$FOLDER/sshd$n.conf" << CONFIG
