@@ -7,6 +7,7 @@ import copy
 import ctypes
 import gc
 import hashlib
+import importlib
 import io
 import math
 import os
@@ -15,11 +16,13 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder import AsyncIOBuilder
+from deepspeed.runtime import compiler
 from deepspeed.utils import groups
 from torch import nn
 from transformers import PreTrainedModel, get_scheduler
@@ -45,6 +48,8 @@ class StepResult(NamedTuple):
 
 def start(config: EngineConfig) -> torch.device:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device."""
+    gc.freeze()
+    gc.enable()
     dist.default_environment()
     ranks.choose_interface()
     accelerator = get_accelerator()
@@ -91,6 +96,15 @@ def _keep_freed_memory() -> None:
         libc.mallopt(ctypes.c_int(_M_TRIM_THRESHOLD), ctypes.c_int(largest))
 
 
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon without its decorators, which import torch's compiler: 2 s of every start.
+
+    DeepSpeed 0.19.8 imports it to ask whether an optimizer is one. Ours never is.
+    """
+    with mock.patch.object(compiler, "compile", lambda *_, **__: lambda function: function):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+
 @contextlib.contextmanager
 def sharded_loading(ds_config: dict[str, Any]) -> Iterator[None]:
     """Inside, ``from_pretrained`` keeps only this rank's partition of each weight when the configuration is ZeRO-3.
@@ -134,6 +148,7 @@ class Policy:
             {"constant": "constant_with_warmup"}.get(optim.schedule, optim.schedule), optimizer,
             num_warmup_steps=round(optim.warmup_ratio * optim.max_steps), num_training_steps=optim.max_steps,
         )  # fmt: skip
+        _import_muon_uncompiled()
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config, dist_init_required=False
         )
