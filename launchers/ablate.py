@@ -19,7 +19,7 @@ OWN = ("output_dir", "dry_run", "resume", "checkpoint.resume")
 """Flags of ``train.py`` that mean the study here; an interrupted variant goes on without being asked."""
 
 
-def main(*positional: str, study: str = "", launch: str = "", **flags: object) -> None:
+def main(*positional: str, study: str = "", launch: str = "", seeds: str = "1", **flags: object) -> None:
     """Run what is not finished yet, then compare; leaves with the exit code of the first variant that fails."""
     if positional:
         raise config.UsageError(f"unexpected '{positional[0]}': flags are written --name value.")
@@ -27,19 +27,22 @@ def main(*positional: str, study: str = "", launch: str = "", **flags: object) -
         raise config.UsageError(
             'start the study with python; --launch "deepspeed --num_gpus 8" says how each variant is started.'
         )
+    if not str(seeds).isdigit() or int(seeds) < 1:
+        raise config.UsageError(f"--seeds takes a whole number above 0; got '{seeds}'.")
     dry_run = str(flags.get("dry_run", False)).lower() != "false"
     folder = Path(str(flags.get("output_dir") or f"runs/ablation-{study}"))
-    variants = studies.plan(study, {name: value for name, value in flags.items() if name not in OWN}, folder)
-    states = {label: check(knobs) for label, knobs in variants.items()}
-    for n, (label, knobs) in enumerate(variants.items(), 1):
-        resume = {"checkpoint.resume": "auto"} if states[label] == "unfinished" else {}
+    given = {name: value for name, value in flags.items() if name not in OWN}
+    runs = studies.plan(study, given, folder, int(seeds))
+    states = {name: check(knobs) for name, knobs in runs.items()}
+    for n, (name, knobs) in enumerate(runs.items(), 1):
+        resume = {"checkpoint.resume": "auto"} if states[name] == "unfinished" else {}
         line = command(launch, knobs | resume)
-        say(f"variant     {n}/{len(variants)} {label}: {states[label]}, {knobs['output_dir']}")
+        say(f"variant     {n}/{len(runs)} {name}: {states[name]}, {knobs['output_dir']}")
         if dry_run:
             say(f"            {shlex.join(line)}")
-        elif states[label] != "finished" and (code := run(line)):
+        elif states[name] != "finished" and (code := run(line)):
             say(
-                f"error       {label} ended with exit code {code}: see above, and {knobs['output_dir']}. "
+                f"error       {name} ended with exit code {code}: see above, and {knobs['output_dir']}. "
                 "What is finished is kept; the same command goes on from here."
             )
             sys.exit(code)
@@ -49,7 +52,7 @@ def main(*positional: str, study: str = "", launch: str = "", **flags: object) -
     from unlearn_ds import comparison, log
 
     log.quiet()
-    compared = comparison.read(folder, list(variants))
+    compared = comparison.read(folder, list(runs))
     comparison.print_table(compared)
     page = comparison.write(folder, study, studies.STUDIES[study].title, studies.STUDIES[study].source, compared)
     say(f"report      {page}")

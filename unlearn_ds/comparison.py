@@ -6,11 +6,12 @@ Everything is read from the run folders of the variants, so a comparison can be 
 from __future__ import annotations
 
 import itertools
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unlearn_ds import log, report, run_folder
+from unlearn_ds import log, report, run_folder, studies
 
 COLOURS = ("v1", "v2", "v3", "v4", "v5", "v6")
 """CSS variables of the page, one a variant."""
@@ -18,19 +19,22 @@ _NOT_COMPARED = ("output_dir", "fingerprint", "dry_run", "checkpoint", "log")
 
 
 class Variant(NamedTuple):
-    """What the run folder of one variant holds; ``label`` is the folder's name."""
+    """What the run folder of one variant holds; ``label`` is the folder's name. ``repeats``: the evaluations of its
+    runs with other seeds, by seed; settings, evaluation and steps are those of the first."""
 
     label: str
     settings: Mapping[str, Any]
     evaluation: Mapping[str, Any]
     steps: Sequence[Mapping[str, Any]]
+    repeats: Mapping[int, Mapping[str, Any]] = {}
 
 
 class Row(NamedTuple):
     """One line of the table, as text: ``before``, and each variant after; ``best``: which of those is the best one.
 
-    Values that look the same share the first place. None is the best where neither way is better, where all look the
-    same, and where only one variant has the number.
+    With several seeds a variant has the mean and the sample standard deviation, and the means are compared. Values that
+    look the same share the first place. None is the best where neither way is better, where all look the same, and
+    where only one variant has the number.
     """
 
     set: str
@@ -40,41 +44,77 @@ class Row(NamedTuple):
     best: tuple[bool, ...]
 
 
-def read(folder: Path, labels: Sequence[str]) -> list[Variant]:
-    """Read the variants of a study; raises ``FileNotFoundError`` for one that has not been evaluated."""
-    variants = []
-    for label in labels:
-        evaluation = report.read_json(folder / label / "evaluation.json")
+class Cell(NamedTuple):
+    """``text``: the number, or the mean of several seeds; ``spread``: their standard deviation after ±, or nothing."""
+
+    text: str
+    spread: str
+    number: float | None
+
+
+def read(folder: Path, names: Sequence[str]) -> list[Variant]:
+    """Read the runs of a study, named as ``studies.plan`` names them; raises ``FileNotFoundError`` for one that has not
+    been evaluated."""
+    variants: dict[str, Variant] = {}
+    for name in names:
+        evaluation = report.read_json(folder / name / "evaluation.json")
         if not evaluation.get("after"):
-            raise FileNotFoundError(f"{folder / label} holds no finished run")
-        settings, steps = (folder / label / "config.json", folder / label / "metrics.jsonl")
-        variants.append(Variant(label, report.read_json(settings), evaluation, report.read_lines(steps)))
-    return variants
+            raise FileNotFoundError(f"{folder / name} holds no finished run")
+        settings, label = report.read_json(folder / name / "config.json"), studies.label(name)
+        if label in variants:
+            first = variants[label]
+            variants[label] = first._replace(repeats={**first.repeats, settings["seed"]: evaluation})
+        else:
+            variants[label] = Variant(label, settings, evaluation, report.read_lines(folder / name / "metrics.jsonl"))
+    return list(variants.values())
 
 
 def rows(variants: Sequence[Variant]) -> list[Row]:
     """Every number that an evaluation of a variant has, set by set, in the order of the report."""
-    tables = [{(row.set, row.key): row for row in report.rows(variant.evaluation)} for variant in variants]
-    keys = list(dict.fromkeys(key for table in tables for key in table))
+    tables = [
+        [
+            {(row.set, row.key): row for row in report.rows(found)}
+            for found in (variant.evaluation, *variant.repeats.values())
+        ]
+        for variant in variants
+    ]
+    keys = list(dict.fromkeys(key for seeds in tables for table in seeds for key in table))
     sets = list(dict.fromkeys(name for name, _ in keys))
     found = []
     for name, key in sorted(keys, key=lambda at: sets.index(at[0])):  # a set stays together; sorting is stable
-        lines = [table.get((name, key)) for table in tables]
-        first = next(line for line in lines if line)
-        texts = tuple(line.after if line else report.MISSING for line in lines)
-        numbers = [line.numbers[1] if line else None for line in lines]
-        found.append(Row(name, first.metric, first.before, texts, _best(name, key, texts, numbers)))
+        lines = [[table[name, key] for table in seeds if (name, key) in table] for seeds in tables]
+        first = next(line for seeds in lines for line in seeds)
+        cells = [_cell(key, [line.numbers[1] for line in seeds]) for seeds in lines]
+        found.append(
+            Row(
+                name,
+                first.metric,
+                first.before,
+                tuple(text + spread for text, spread, _ in cells),
+                _best(name, key, cells),
+            )
+        )
     return found
 
 
-def _best(name: str, key: str, texts: Sequence[str], numbers: Sequence[float | None]) -> tuple[bool, ...]:
+def _cell(key: str, numbers: Sequence[float | None]) -> Cell:
+    """A variant's number after unlearning, or the mean of its seeds and their spread."""
+    there = [number for number in numbers if number is not None]
+    if not there:
+        return Cell(report.MISSING, "", None)
+    show = report.percent if report.METRICS.get(key, report.Metric(key)).unit == "share" else report.number
+    mean = statistics.fmean(there)
+    return Cell(show(mean), f" ± {show(statistics.stdev(there))}" if len(there) > 1 else "", mean)
+
+
+def _best(name: str, key: str, cells: Sequence[Cell]) -> tuple[bool, ...]:
     metric = report.METRICS.get(key, report.Metric(key))
     more_is_better = metric.forget if name in report.FORGET_SETS else metric.keep
-    there = {number: text for number, text in zip(numbers, texts, strict=True) if number is not None}
+    there = {cell.number: cell.text for cell in cells if cell.number is not None}
     if more_is_better is None or len(set(there.values())) < 2:
-        return (False,) * len(texts)
+        return (False,) * len(cells)
     best = there[max(there) if more_is_better else min(there)]
-    return tuple(text == best for text in texts)
+    return tuple(cell.text == best for cell in cells)
 
 
 def changes(variants: Sequence[Variant]) -> dict[str, list[Any]]:
@@ -114,8 +154,14 @@ def print_table(variants: Sequence[Variant]) -> None:
             )
             table.add_row(f"  {escape(row.metric)}", row.before, *marked)
     console.print(table)
-    said = f"*: the best of the variants; judge: {evaluation.get('judge') or 'not named'}"
+    said = f"*: the best of the variants; judge: {evaluation.get('judge') or 'not named'}{_of_seeds(variants)}"
     console.print(said, style="dim", markup=False, highlight=False)
+
+
+def _of_seeds(variants: Sequence[Variant]) -> str:
+    """What a number is where each variant was run with several seeds; nothing with one."""
+    runs = 1 + len(variants[0].repeats)
+    return f"; mean ± standard deviation of {runs} seeds" if runs > 1 else ""
 
 
 def spoken(label: str) -> str:
@@ -135,6 +181,10 @@ def write(folder: Path, study: str, title: str, source: str, variants: Sequence[
                 "changes": {knob: values[n] for knob, values in differing.items()}, "steps": len(variant.steps),
                 **{key: totals[n].get(key) for key in ("tokens", "response_tokens", "step_seconds")},
                 "after": variant.evaluation["after"],
+                "after_with_seed": {
+                    variant.settings["seed"]: variant.evaluation["after"],
+                    **{seed: evaluation["after"] for seed, evaluation in variant.repeats.items()},
+                },
             }
             for n, variant in enumerate(variants)
         },
@@ -144,7 +194,7 @@ def write(folder: Path, study: str, title: str, source: str, variants: Sequence[
         study=study, title=title, source=source, variants=variants, evaluation=evaluation, rows=rows(variants),
         changes=differing, totals=totals, histories=histories if any(len(found) > 2 for found in histories) else [],
         settings=variants[0].settings, sets=report.SETS, missing=report.MISSING, heading=report.heading,
-        column=report.column, plot=report.plot, spoken=spoken, colours=COLOURS,
+        column=report.column, plot=report.plot, spoken=spoken, colours=COLOURS, of_seeds=_of_seeds(variants),
     )  # fmt: skip
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")

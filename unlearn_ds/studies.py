@@ -6,6 +6,7 @@ A variant is the run that the user's flags describe with the changes of its row;
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -102,11 +103,21 @@ STUDIES: Mapping[str, Study] = {
 }
 
 
-def plan(name: str, flags: Mapping[str, Any], folder: Path) -> dict[str, dict[str, Any]]:
-    """Variant -> dotted knob -> value of its run in ``folder/VARIANT``, as ``arguments.parse`` takes them.
+_OTHER_SEED = "-seed-"
 
-    flags: those of ``launchers/train.py``, which hold for every variant. Raises ``UsageError`` for an unknown study,
-    for flags that ``parse`` refuses, and for flags under which variants would not differ or that none of them follows.
+
+def label(name: str) -> str:
+    """The variant that a run of ``plan`` is one of: ``ours-seed-1`` -> ours."""
+    return name.partition(_OTHER_SEED)[0]
+
+
+def plan(name: str, flags: Mapping[str, Any], folder: Path, seeds: int = 1) -> dict[str, dict[str, Any]]:
+    """Run -> dotted knob -> value of the run in ``folder/RUN``, as ``arguments.parse`` takes them.
+
+    flags: those of ``launchers/train.py``, which hold for every variant. seeds: runs of each variant, whose seeds count
+    up from the one of the flags; runs are named VARIANT, VARIANT-seed-1 and so on, and all variants of a seed come
+    before the next seed. Raises ``UsageError`` for an unknown study, for flags that ``parse`` refuses, and for flags
+    under which variants would not differ or that none of them follows.
     """
     try:
         check_name("study", name, STUDIES)
@@ -120,18 +131,21 @@ def plan(name: str, flags: Mapping[str, Any], folder: Path) -> dict[str, dict[st
             raise UsageError(
                 f"study '{name}' needs --{_flag(knob)} above 0; with these flags it is {_value(base, knob)}."
             )
-    changes = {label: made(base) if callable(made) else made for label, made in study.variants.items()}
-    variants = {label: {**given, **changed} for label, changed in changes.items()}
-    runs = {label: arguments.parse(knobs) for label, knobs in variants.items()}
+    changes = {variant: made(base) if callable(made) else made for variant, made in study.variants.items()}
+    variants = {variant: {**given, **changed} for variant, changed in changes.items()}
+    runs = {variant: arguments.parse(knobs) for variant, knobs in variants.items()}
     for knob in given:
         if all(_value(run, knob) != _value(base, knob) for run in runs.values()):
             raise UsageError(f"study '{name}' sets --{_flag(knob)} itself; leave the flag out.")
-    labels = list(runs)
-    for n, label in enumerate(labels):
-        for other in labels[:n]:
-            if runs[label] == runs[other]:
-                raise UsageError(f"study '{name}': with these flags '{other}' and '{label}' are the same run.")
-    return {label: {**knobs, "output_dir": str(folder / label)} for label, knobs in variants.items()}
+    for one, other in itertools.combinations(runs, 2):
+        if runs[one] == runs[other]:
+            raise UsageError(f"study '{name}': with these flags '{one}' and '{other}' are the same run.")
+    planned = {}
+    for seed in range(base.seed, base.seed + seeds):
+        for variant, knobs in variants.items():
+            run, own = (variant, {}) if seed == base.seed else (f"{variant}{_OTHER_SEED}{seed}", {"seed": seed})
+            planned[run] = {**knobs, **own, "output_dir": str(folder / run)}
+    return planned
 
 
 def state(run: RunConfig) -> str:
@@ -160,6 +174,7 @@ def help_text() -> str:
         "  --study NAME         one of the above",
         "  --launch COMMAND     what starts a run, \"deepspeed --num_gpus 8\" for example [this python]",
         "  --output_dir FOLDER  folder of the study; each variant has its own in it [runs/ablation-STUDY]",
+        "  --seeds N            runs of each variant, with seeds one apart: mean and spread are compared [1]",
         "  --overwrite          run every variant again",
         "  --dry_run            say what would be run, and stop", "",
         "Every other flag holds for all variants: see python launchers/train.py --help.",

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 
 import pytest
 
@@ -195,3 +196,42 @@ def test_six_variants_fit_80_columns_too(variants, capsys, monkeypatch):
     comparison.print_table([*variants, *variants])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 and sum("62 %" in line for line in lines) == 2
+
+
+@pytest.fixture
+def repeated(folder):
+    """The study with three seeds: rates of ``ours`` 1, 3 and 5 %."""
+    for label in LABELS:
+        for seed, rate in ((1, 0.03), (2, 0.05)):
+            copy = folder / f"{label}-seed-{seed}"
+            shutil.copytree(folder / label, copy)
+            settings = json.loads((copy / "config.json").read_text())
+            (copy / "config.json").write_text(json.dumps({**settings, "seed": seed}))
+            if label == "ours":
+                evaluation = json.loads((copy / "evaluation.json").read_text())
+                evaluation["after"]["unlearned"]["rate"] = rate
+                (copy / "evaluation.json").write_text(json.dumps(evaluation))
+    return comparison.read(folder, [*LABELS, *(f"{label}-seed-{seed}" for seed in (1, 2) for label in LABELS)])
+
+
+def test_several_seeds_give_the_mean_and_the_standard_deviation_and_means_are_compared(folder, repeated):
+    found = row(repeated, "unlearned", "hallucinated answers")
+    assert found.after == ("3 % ± 2 %", "62 % ± 0 %", "1 % ± 0 %") and found.best == (False, False, True)
+    assert row(repeated, "neutral", "multiple-choice accuracy").best == (True, True, False)
+    assert "standard deviation of 3 seeds" in write(folder, repeated)
+    written = json.loads((folder / "comparison.json").read_text())["variants"]
+    assert list(written) == list(LABELS)
+    rates = {seed: after["unlearned"]["rate"] for seed, after in written["ours"]["after_with_seed"].items()}
+    assert rates == {"0": 0.01, "1": 0.03, "2": 0.05}
+
+
+def test_a_number_that_only_some_seeds_have_is_the_mean_of_those(repeated):
+    del repeated[0].repeats[1]["after"]["unlearned"]["rate"]
+    assert row(repeated, "unlearned", "hallucinated answers").after[0] == "3 % ± 2.8 %"
+
+
+def test_the_terminal_table_of_several_seeds_fits_80_columns(repeated, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    comparison.print_table(repeated)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and lines[-1].endswith("mean ± standard deviation of 3 seeds")

@@ -35,8 +35,8 @@ published ones, of forgetting but for copyright, of mismatch in harmful."""
 CASES = [(study, scenario) for study in STUDIES for scenario in SCENARIOS]
 
 
-def runs(study, folder="study", **flags):
-    plan = studies.plan(study, flags, Path(folder))
+def runs(study, folder="study", seeds=1, **flags):
+    plan = studies.plan(study, flags, Path(folder), seeds)
     return {label: arguments.parse(knobs) for label, knobs in plan.items()}
 
 
@@ -191,3 +191,17 @@ def test_a_run_with_other_settings_or_none_of_ours_is_not_taken_for_this_one(var
     assert studies.state(replace(variant, **{"engine.ds_config": "zero2"})) == "other"
     (Path(variant.output_dir) / "config.json").write_text('{"model_type": "llama"}')
     assert studies.state(variant) == "other"
+
+
+def test_seeds_repeat_every_variant_one_seed_after_the_other():
+    found = runs("mismatch", seeds=3, seed="7")
+    assert list(found) == [
+        "ascent-alone", "with-mismatch", "ascent-alone-seed-8", "with-mismatch-seed-8", "ascent-alone-seed-9",
+        "with-mismatch-seed-9",
+    ]  # fmt: skip
+    assert [run.seed for run in found.values()] == [7, 7, 8, 8, 9, 9]
+    assert all(run.output_dir == f"study/{name}" for name, run in found.items())
+    alone = runs("mismatch", seed="7")
+    for name, run in found.items():
+        same_seed = replace(run, seed=7, output_dir=alone[studies.label(name)].output_dir)
+        assert same_seed == alone[studies.label(name)]
