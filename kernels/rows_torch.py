@@ -16,7 +16,9 @@ MOST = 80.0
 """Largest log p - log p_ref whose exponential fp32 holds."""
 
 CACHE_BYTES = 2**20
-"""fp32 logits that go through all passes at a time."""
+"""fp32 logits that go through all passes at a time on a CPU."""
+SLICE_BYTES = 2**26
+"""The same on a GPU, where a launch costs more than its cache saves; a KL has ten times as much beside it."""
 
 
 class TorchRows:
@@ -66,7 +68,7 @@ class TorchRows:
     ) -> torch.Tensor:
         """KL(reference || policy) of each row, [C], from the outputs of both; the gradient as in ``cross_entropy``."""
         loss_C = torch.empty_like(coefficients_C, dtype=outputs_CV.dtype)
-        for rows, scratch in _in_cache(outputs_CV, 6):
+        for rows, scratch in _in_cache(outputs_CV, 6 if outputs_CV.device.type == "cpu" else 0):
             logits_CV = _logits_(outputs_CV[rows], scale, softcap)
             reference = _logits_(reference_CV[rows], scale, softcap)
             found = _forward_kl_in(scratch, logits_CV, reference) or forward_kl(logits_CV, reference)
@@ -175,8 +177,7 @@ def _forward_kl_in(
 def _in_cache(outputs_CV: torch.Tensor, num_scratch: int) -> Iterator[tuple[slice, torch.Tensor]]:
     """Rows that fit the cache, with so many buffers of their size: fresh memory would cost more than what it is for."""
     num_rows, vocab = outputs_CV.shape
-    # On a GPU a launch costs more than the cache saves.
-    size = max(1, (CACHE_BYTES if outputs_CV.device.type == "cpu" else 2**28) // (4 * vocab))
+    size = max(1, (CACHE_BYTES if outputs_CV.device.type == "cpu" else SLICE_BYTES) // (4 * vocab))
     buffers = outputs_CV.new_empty(num_scratch, min(size, num_rows), vocab)
     for start in range(0, num_rows, size):
         rows = slice(start, min(start + size, num_rows))

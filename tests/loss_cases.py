@@ -96,6 +96,12 @@ def truth(case: Case, softcap=None, logit_scale=1.0, dtype=torch.float64, outer=
     return Result(loss.detach(), loss_N.detach(), hidden.grad, weight.grad)
 
 
+def textbook_kl(logits: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(reference || policy) of each row and its gradient with respect to the logits, in float64."""
+    logp, logq = (torch.log_softmax(x.double(), dim=1) for x in (logits, reference))
+    return (logq.exp() * (logq - logp)).sum(1), logp.exp() - logq.exp()
+
+
 def loss_options(softcap=None, logit_scale=1.0, **options) -> ops.LossOptions:
     return ops.LossOptions(ops.LogitMap(logit_scale, softcap), **{"kernel": KERNEL, **options})
 

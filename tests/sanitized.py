@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -16,9 +17,10 @@ from unlearn_ds.types import ReferenceRows  # noqa: E402
 
 
 def main() -> None:
-    for options in ({}, {"softcap": 3.0, "logit_scale": 0.5}):
+    maps = ({}, {"softcap": 3.0, "logit_scale": 0.5})
+    for options, smoothing in itertools.product(maps, (None, torch.full((9,), 0.1))):
         case = make_case(5, 4, 20011, dtype=torch.bfloat16)
-        case.batch.smoothing_N = torch.full((9,), 0.1)
+        case.batch.smoothing_N = smoothing
         reference = ReferenceRows(*(x.cuda() for x in case.reference))
         case = Case(case.hidden_NH.cuda(), case.weight_VH.cuda(), case.batch.to(torch.device("cuda")), reference)
         result = ours(case, kernel="triton", outer=-0.5, **options)

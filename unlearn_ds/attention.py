@@ -250,15 +250,18 @@ def needed_pairs(batch: PackedBatch, window: int | None) -> int:
     return int((batch.position_ids_T + 1).clamp(max=window).sum())
 
 
-def executed_pairs(lengths: Sequence[int], window: int | None, rectangle: int | None, device_type: str) -> int:
+def executed_pairs(
+    lengths: Sequence[int], window: int | None, rectangle: int | None, device_type: str, capped: bool = False
+) -> int:
     """(query, key) pairs whose scores an implementation computes for sequences of these lengths.
 
-    rectangle: length that ``sdpa`` fills all sequences up to, on a CPU the masked half too; None for implementations
-    that know where sequences end. Blocks that a kernel cannot skip whole are counted as if it could.
+    rectangle: length that ``sdpa`` fills all sequences up to, the masked half too for short ones on a CPU and for
+    scores that are ``capped``; None for implementations that know where sequences end. Blocks that a kernel cannot skip
+    whole are counted as if it could.
     """
     if rectangle is None:
         return sum(_causal_pairs(length, window) for length in lengths)
-    full = device_type == "cpu" and rectangle <= SHORT
+    full = capped or (device_type == "cpu" and rectangle <= SHORT)
     return len(lengths) * (rectangle**2 if full else _causal_pairs(rectangle, window))
 
 

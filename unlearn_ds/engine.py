@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import deepspeed
 import torch
@@ -43,8 +42,9 @@ class StepResult(NamedTuple):
 
 def start(config: EngineConfig) -> torch.device:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and return this rank's device."""
-    gc.freeze()
-    gc.enable()
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
     dist.default_environment()
     ranks.choose_interface()
     accelerator = get_accelerator()
@@ -81,10 +81,16 @@ def _unname_shared_memory() -> None:
 def _import_muon_uncompiled() -> None:
     """Import DeepSpeed's Muon without its decorators, which import torch's compiler: 2 s of every start.
 
-    DeepSpeed 0.19.8 imports it to ask whether an optimizer is one. Ours never is.
+    DeepSpeed 0.19.8 imports it to ask whether an optimizer is one. Ours never is. A release that has it elsewhere takes
+    its time.
     """
-    with mock.patch.object(compiler, "compile", lambda *_, **__: lambda function: function):
-        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    decorator = compiler.compile
+    compiler.compile = lambda *_, **__: lambda function: function
+    try:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = decorator
 
 
 @contextlib.contextmanager

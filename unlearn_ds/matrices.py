@@ -50,6 +50,7 @@ def products(architecture: PretrainedConfig, config: LoraConfig, checkpointing: 
         head=head.numel(),
         head_trained=head.requires_grad,
         attention=_attention_widths(architecture),
+        capped_scores=bool(architecture.get_text_config().to_dict().get("attn_logit_softcapping")),
     )
 
 
@@ -105,23 +106,26 @@ def work(batch: PackedBatch, multiplied: Products, attention_name: str, device_t
     of_reference = lengths[len(lengths) - len(batch.kl_keys) :]
     needed = {window: attention.needed_pairs(batch, window) for window in multiplied.attention}
 
-    def executed(of: list[int], pairs: dict[int | None, int]) -> dict[int | None, int]:
-        """By the implementation at hand; FlexAttention alone computes what is needed and no more."""
-        if attention_name == "flex":
-            return pairs
-        rectangle = batch.max_seqlen if attention_name == "sdpa" else None
-        return {window: attention.executed_pairs(of, window, rectangle, device_type) for window in multiplied.attention}
+    def executed(of: list[int], longest: int | None) -> dict[int | None, int]:
+        return {
+            window: attention.executed_pairs(of, window, longest, device_type, multiplied.capped_scores)
+            for window in multiplied.attention
+        }
+
+    def by_implementation(of: list[int], longest: int, pairs: dict[int | None, int]) -> dict[int | None, int]:
+        """FlexAttention alone computes what is needed and no more; only SDPA fills a rectangle."""
+        return pairs if attention_name == "flex" else executed(of, longest if attention_name == "sdpa" else None)
 
     reference = None
     if batch.kl_keys:
         # Its sequences end the stream, each with a prompt of its own.
-        own = {
-            window: attention.executed_pairs(of_reference, window, None, device_type) for window in multiplied.attention
-        }
+        own = executed(of_reference, None)
         reference = Work(
-            batch.num_tokens - batch.first_kl_token, batch.num_kl_rows, own, executed(of_reference, own)
+            batch.num_tokens - batch.first_kl_token, batch.num_kl_rows, own,
+            by_implementation(of_reference, batch.max_kl_seqlen, own),
         )  # fmt: skip
     num_bounded = 0 if batch.bounded_index is None else batch.bounded_index.numel()
     return Work(
-        batch.num_tokens, batch.num_response_tokens, needed, executed(lengths, needed), num_bounded, reference
+        batch.num_tokens, batch.num_response_tokens, needed, by_implementation(lengths, batch.max_seqlen, needed),
+        num_bounded, reference,
     )  # fmt: skip

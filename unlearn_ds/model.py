@@ -285,7 +285,7 @@ def _from_head_to_logits(causal_lm: PreTrainedModel) -> ops.LogitMap:
 def _check_layers(config: PretrainedConfig) -> None:
     """Refuse layers that would carry state from one packed sequence into the next (convolutions, linear attention)."""
     known = {"full_attention", "sliding_attention"}
-    other = set(getattr(config.get_text_config(), "layer_types", None) or ()) - known
+    other = set(config.get_text_config().to_dict().get("layer_types") or ()) - known
     if other:
         raise UsageError(
             f"{config.model_type} has layers of type {', '.join(sorted(other))}, which cannot be packed; attention "

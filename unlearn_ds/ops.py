@@ -82,8 +82,9 @@ def masked_loss(
     A loss that is not finite poisons the gradient, so that the optimizer step is skipped whatever the precision.
     N may be 0: the loss is then 0 with zero gradients, so every rank takes part in every collective.
     """
-    if (batch.num_kl_rows > 0) != (reference is not None):
-        raise ValueError("KL rows need a reference, and a reference needs KL rows")
+    num_reference = 0 if reference is None else reference.hidden_NH.shape[0]
+    if num_reference != batch.num_kl_rows:
+        raise ValueError(f"{batch.num_kl_rows} KL rows need as many of the reference; there are {num_reference}")
     coefficients_N = batch.coefficients_N
     if batch.bounded_index is not None:
         coefficients_N = coefficients_N * _below_bound(hidden_NH, weight_VH, batch, options)
@@ -128,12 +129,16 @@ def sequence_means(loss_N: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
 def _below_bound(
     hidden_NH: torch.Tensor, weight_VH: torch.Tensor, batch: PackedBatch, options: LossOptions
 ) -> torch.Tensor:
-    """1 for rows of sequences still below their bound, else 0 (fp32 [N]); costs the bounded rows one more product."""
+    """1 for rows of sequences still below their bound, else 0 (fp32 [N]); costs the bounded rows one more product.
+
+    A mean that is not a number is below every bound: it has to poison the loss.
+    """
     index = batch.bounded_index
     loss_N = torch.zeros_like(batch.coefficients_N)
     logp = token_statistics(hidden_NH[index], weight_VH, batch.targets_N[index], options).logp_N
     loss_N[index] = -logp.to(loss_N.dtype)
-    return (sequence_means(loss_N, batch) < batch.bounds_S)[batch.sequence_N].to(batch.coefficients_N.dtype)
+    above_S = sequence_means(loss_N, batch) >= batch.bounds_S
+    return (~above_S)[batch.sequence_N].to(batch.coefficients_N.dtype)
 
 
 def _head_outputs(hidden_CH: torch.Tensor, weight_VH: torch.Tensor, out_CV: torch.Tensor, exact: bool) -> None:
@@ -233,7 +238,7 @@ def _size(rows: slice) -> int:
 def _add_product(total_VH: torch.Tensor, gradient_CV: torch.Tensor, hidden_CH: torch.Tensor, first: bool) -> None:
     """Add gradient^T hidden to the weight's gradient; ``first``: there is nothing yet.
 
-    A CPU rounds each bf16 product on the way to an fp32 sum, so its workspace is made for one block.
+    A CPU rounds each bf16 product on the way to the fp32 sum: once a block, so its blocks are large.
     """
     transposed, beta = gradient_CV.t(), 0 if first else 1
     if total_VH.dtype == hidden_CH.dtype:

@@ -12,9 +12,10 @@ from unlearn_ds.config import RunConfig, to_dict
 from unlearn_ds.cost import memory
 from unlearn_ds.cost.communication import Volume, communication
 from unlearn_ds.cost.memory import Plan, memory_plan
+from unlearn_ds.cost.setup import Setup
+from unlearn_ds.cost.shapes import Shape
 from unlearn_ds.exit_codes import FINISHED, USAGE
 from unlearn_ds.presets import PRESETS
-from unlearn_ds.registry import OBJECTIVES, resolve
 from unlearn_ds.sizing import GIB, Machine
 
 WHEN = {
@@ -45,7 +46,7 @@ def dry_run(config: RunConfig) -> int:
     say_batch(config, ranks)
     say_communication(communication(shape, setup), ranks)
     say_remedies(choose.remedies(config, ranks))
-    say_reference_modes(config, values, shape.size(), num_adapter, ranks.world_size)
+    say_reference_modes(config, shape, setup)
     return FINISHED if sizing.fits(plan, ranks) else USAGE
 
 
@@ -110,13 +111,11 @@ def say_remedies(found: list[choose.Remedy]) -> None:
         log.say(f"  {remedy.flags:<44}{remedy.plan.peak() / GIB:9.1f}{remedy.plan.peak('host') / GIB:9.1f}{enough}")
 
 
-def say_reference_modes(config: RunConfig, values: dict, size, num_adapter: int, world_size: int) -> None:
+def say_reference_modes(config: RunConfig, shape: Shape, setup: Setup) -> None:
     """What each home of the reference would hold on a device, and when it is the right one."""
-    if not any(term.loss == "kl" for term in resolve("objective", config.objective.name, OBJECTIVES)(config.objective)):
+    if setup.reference is None:
         return
-    modes = memory.reference_modes(
-        size, bytes_per_weight=2 if ds_json.is_bf16(values) else 4, world_size=world_size, num_adapter=num_adapter
-    )
+    modes = memory.reference_modes(shape, setup)
     log.say(f"reference of the KL, GiB of one device (this run: {config.engine.reference}):")
     log.say(f"  {'':<10}{'device':>8}{'host':>8}{'disk':>8}  right for")
     for name, mode in modes.items():

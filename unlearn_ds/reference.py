@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import tempfile
@@ -162,9 +163,10 @@ def _index(folder: Path) -> dict[str, Path]:
 
 
 def _write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Add one file and its index, each whole or not at all: a killed run leaves nothing half done, and of two runs that
-    write the same rows the later one replaces the earlier one's files without touching what is mapped."""
-    path = folder / f"{next(iter(tensors))}-{dist.rank():05d}-of-{dist.world_size():05d}.safetensors"
+    """Add one file and its index, each whole or not at all: a killed run leaves nothing half done. A file is named by
+    its rows, so what a second run writes over it is equal, and what the first has mapped stays."""
+    name = hashlib.blake2s(" ".join(sorted(tensors)).encode(), digest_size=16).hexdigest()
+    path = folder / f"{name}.safetensors"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:

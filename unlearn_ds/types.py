@@ -111,6 +111,8 @@ class PackedBatch:
     num_kl_rows: int
     first_kl_token: int = 0
     """Where the sequences with KL rows begin in the stream; they end it, and each has a prompt of its own."""
+    max_kl_seqlen: int = 0
+    """Longest sequence with KL rows."""
     kl_keys: list[str] = field(default_factory=list)
     """Content keys of the sequences with KL rows, in stream order (the cached reference looks them up)."""
     term_of_sequence: list[int] = field(default_factory=list)

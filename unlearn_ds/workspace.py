@@ -13,8 +13,9 @@ MIN_ROWS = 8
 
 
 def num_bytes(mib: int, device_type: str, is_bf16: bool) -> int:
-    """Bytes of logits at a time. 0: enough for a block of 1000 rows and more, so that the head's gradient is mostly one
-    product. A CPU in fp32 adds products up as they are and takes small blocks: less memory, no slower."""
+    """Bytes of logits at a time. 0: what blocks of hundreds of rows need, so that the head's gradient is few products.
+    On a GPU these are 1,500 rows of KL for Llama-3's 128k tokens, on a CPU in bf16 682 rows of SmolLM2's 49k. A CPU in
+    fp32 adds products up as they are and takes small blocks: less memory, no slower."""
     return 2**20 * (mib or (1536 if device_type != "cpu" else 128 if is_bf16 else 36))
 
 

@@ -111,6 +111,23 @@ def test_each_attention_executes_what_it_does(name, device, expected):
     assert matrices.work(batch, shape, name, device).executed == {None: sum(expected)}
 
 
+def test_capped_scores_fill_the_rectangle_on_every_device():
+    shape = matrices.products(CONFIGS["gemma2"](), LoraConfig())
+    assert shape.capped_scores and not matrices.products(CONFIGS["gemma"](), LoraConfig()).capped_scores
+    batch = pack(
+        [Placed(EncodedRow((3,) * 2, (4,) * 2), 0, 1.0), Placed(EncodedRow((3,) * 5, (4,) * 5), 0, 1.0)], TERMS
+    )
+    assert set(matrices.work(batch, shape, "sdpa", "cuda").executed.values()) == {200}
+
+
+def test_the_reference_fills_a_rectangle_of_its_own():
+    long, short = EncodedRow((3,) * 5, (4,) * 5), EncodedRow((3,) * 2, (4,) * 2)
+    batch = pack([Placed(long, 0, -1.0), Placed(short, 2, 1.0), Placed(short, 2, 1.0)], TERMS)
+    assert kl_part(batch).max_seqlen == kl_part(kl_part(batch)).max_seqlen == 4
+    work = matrices.work(batch, matrices.products(CONFIGS["llama"](), LoraConfig()), "sdpa", "cpu")
+    assert work.reference.executed == {None: 2 * 4 * 4} and work.executed == {None: 3 * 10 * 10}
+
+
 def test_a_window_limits_the_pairs():
     shape = matrices.products(CONFIGS["gemma3"](), LoraConfig())
     assert shape.attention == {4: 32, None: 32}

@@ -8,6 +8,8 @@ from loss_cases import Case, assert_close, make_case, ours, truth
 
 from unlearn_ds import ops
 
+pytestmark = pytest.mark.usefixtures("kernel")
+
 
 def bounded_case(bounds) -> tuple[Case, list[slice]]:
     """Three cross-entropy sequences of 4 rows with mean losses near 0, in the middle, and high; then one of KL."""
@@ -84,6 +86,17 @@ def test_an_infinite_loss_above_its_bound_stops_quietly():
     assert torch.isfinite(result.loss)
     assert not result.grad_hidden[:4].any() and torch.isfinite(result.grad_hidden).all()
     assert torch.isfinite(result.grad_weight).all()
+
+
+def test_a_target_outside_the_vocabulary_is_not_hidden_by_a_bound(kernel):
+    case = make_case(8, 0, 123, lengths=[4, 4], bounds=[6.0, 6.0])
+    case.batch.targets_N[1] = 123
+    if kernel == "torch":
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            ours(case)
+    else:
+        result = ours(case)
+        assert result.loss.isnan() and result.grad_hidden.isnan().all() and result.grad_weight.isnan().all()
 
 
 def test_a_broken_hidden_state_is_not_hidden_by_a_bound():

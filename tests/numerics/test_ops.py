@@ -167,10 +167,18 @@ def test_row_losses_carry_no_gradient():
 
 def test_a_reference_without_kl_rows_is_refused_and_the_other_way_round():
     with_kl, without = make_case(2, 2, 17), make_case(4, 0, 17)
-    with pytest.raises(ValueError, match="KL rows need a reference"):
+    with pytest.raises(ValueError, match="KL rows need as many of the reference"):
         ops.masked_loss(with_kl.hidden_NH, with_kl.weight_VH, with_kl.batch, None)
-    with pytest.raises(ValueError, match="KL rows need a reference"):
+    with pytest.raises(ValueError, match="KL rows need as many of the reference"):
         ops.masked_loss(without.hidden_NH, without.weight_VH, without.batch, with_kl.reference)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3])
+def test_a_reference_of_another_number_of_rows_is_refused(num_rows):
+    case = make_case(2, 2, 17)
+    reference = case.reference._replace(hidden_NH=torch.randn(num_rows, case.hidden_NH.shape[1]))
+    with pytest.raises(ValueError, match=f"2 KL rows need as many of the reference; there are {num_rows}"):
+        ops.masked_loss(case.hidden_NH, case.weight_VH, case.batch, reference)
 
 
 # Reductions
@@ -200,7 +208,7 @@ def test_token_coefficients_give_the_mean_over_all_tokens():
 
 @pytest.mark.parametrize("workspace_bytes", [512 * 2**20, 1], ids=["one_block", "many_blocks"])
 @pytest.mark.parametrize("rows", [(61, 0), (0, 40), (61, 40)], ids=["ce", "kl", "mixed"])
-def test_bf16_error_is_at_most_twice_that_of_torch(rows, workspace_bytes):
+def test_bf16_error_is_at_most_that_of_torch(kernel, rows, workspace_bytes):
     case = make_case(*rows, 1031, dtype=torch.bfloat16)
     exact = truth(case)
     torch_result = truth(case, dtype=torch.bfloat16)
@@ -209,7 +217,8 @@ def test_bf16_error_is_at_most_twice_that_of_torch(rows, workspace_bytes):
     assert result.loss.dtype == result.loss_N.dtype == torch.float32
     for name, a, t, e in zip(Result._fields, result, torch_result, exact, strict=True):
         error, allowed = (a.double() - e).abs().max(), (t.double() - e).abs().max()
-        assert error <= 2 * allowed + 1e-3 * e.abs().max(), f"{name}: {error} against {allowed} of torch"
+        factor = 2 if kernel == "triton" else 1  # its interpreter cuts bf16 off where a GPU rounds
+        assert error <= factor * allowed + 1e-3 * e.abs().max(), f"{name}: {error} against {allowed} of torch"
 
 
 # What backward refuses

@@ -1,12 +1,14 @@
 """FLOPs and memory worked out by hand."""
 
+import json
+
 import pytest
 
+from unlearn_ds import ds_json
 from unlearn_ds.cost import devices, flops, memory
 from unlearn_ds.cost.setup import Setup
 from unlearn_ds.cost.shapes import Shape
 
-SIZE = flops.ModelSize(body=6_000, head=1_000, total=8_000, num_layers=2, hidden_size=10, vocab_size=100)
 SHAPE = Shape(
     hidden_size=10, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=5, intermediate_size=30, vocab_size=100,
     gated=True, tied=False, outer=(1_000, 10, 1_000), layer=(10, 100, 50, 50, 100, 10, 300, 300, 300),
@@ -109,7 +111,7 @@ def test_the_peak_is_the_fuller_half_of_a_step():
 @pytest.mark.parametrize(
     ("mode", "found"),
     [
-        ("offload", {"host", "device"}), ("resident", {"device"}), ("nvme", {"disk", "device"}),
+        ("offload", {"host", "device"}), ("resident", {"device"}), ("nvme", {"disk", "host", "device"}),
         ("cached", {"device"}), (None, set()),
     ],
 )  # fmt: skip
@@ -119,7 +121,7 @@ def test_each_reference_has_its_place_and_its_head_on_the_device(mode, found):
 
 
 @pytest.mark.parametrize(
-    ("mode", "found"), [("adapter", set()), ("cached", set()), ("nvme", {"disk"}), ("offload", {"host"})]
+    ("mode", "found"), [("adapter", set()), ("cached", set()), ("nvme", {"disk", "host"}), ("offload", {"host"})]
 )
 def test_with_lora_no_reference_needs_a_head_of_its_own_and_the_adapter_needs_nothing(mode, found):
     plan = planned(reference=mode, num_adapter=200)
@@ -147,16 +149,21 @@ def test_frozen_weights_cost_no_gradient_of_their_own():
 
 
 def test_reference_modes_hold_the_model_in_one_place_or_none():
-    modes = memory.reference_modes(SIZE, bytes_per_weight=2, world_size=4)
-    share, head = 8_000 * 2 // 4, 1_000 * 2
+    modes = memory.reference_modes(SHAPE, SETUP)
+    share, head, buffers = TOTAL * 2 // 4, 1_000 * 2, 5 * (1_000 // 4) * 2
     held = {name: (mode.device, mode.host, mode.disk, mode.disk_per_token) for name, mode in modes.items()}
     assert held == {
         "cached": (head, 0, 0, 10 * 2), "resident": (share + head, 0, 0, 0), "offload": (head, share, 0, 0),
-        "nvme": (head, 0, share, 0),
+        "nvme": (head, buffers, share, 0),
     }  # fmt: skip
 
 
 def test_with_lora_the_adapter_mode_holds_nothing_and_no_mode_a_head():
-    modes = memory.reference_modes(SIZE, bytes_per_weight=2, world_size=1, num_adapter=200)
+    modes = memory.reference_modes(SHAPE, SETUP._replace(world_size=1, num_adapter=200))
     assert next(iter(modes)) == "adapter" and modes["adapter"][:4] == (0, 0, 0, 0)
-    assert modes["cached"].device == modes["offload"].device == 0 and modes["resident"].device == 16_000
+    assert modes["cached"].device == modes["offload"].device == 0 and modes["resident"].device == TOTAL * 2
+
+
+def test_the_plan_knows_the_buffers_of_the_file():
+    zero = json.loads((ds_json.FOLDER / "reference" / "nvme.json").read_text())["zero_optimization"]
+    assert zero["offload_param"]["buffer_count"] == memory.REFERENCE_BUFFERS

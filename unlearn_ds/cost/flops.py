@@ -27,6 +27,7 @@ class Products(NamedTuple):
     recomputed: elements that activation checkpointing runs a second time. head: of the LM head, which response tokens
     alone meet. head_trained: whether it has a gradient. attention: sliding window (None: all earlier tokens) -> heads
     times width of a head, summed over the layers with that window; keys that heads share are read by each of them.
+    capped_scores: whether attention soft-caps its scores.
     """
 
     forward: int
@@ -36,6 +37,7 @@ class Products(NamedTuple):
     head: int
     head_trained: bool
     attention: Mapping[int | None, int]
+    capped_scores: bool = False
 
 
 class Work(NamedTuple):

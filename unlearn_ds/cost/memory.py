@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from unlearn_ds.cost.flops import ModelSize
 from unlearn_ds.cost.gathers import gathers
 from unlearn_ds.cost.setup import Setup
 from unlearn_ds.cost.shapes import Shape
@@ -13,6 +12,8 @@ CONTEXT_BYTES = 2**30 * 6 // 10
 """CUDA's context and its libraries' handles on a device (0.5 to 0.9 GB were reported with torch 2)."""
 NCCL_BYTES = 2**30
 """Channels and buffers of NCCL with several communicators (1 to 2 GB); nothing for one rank."""
+REFERENCE_BUFFERS = 5
+"""Largest weights that wait in locked host memory on their way from the disk (``ds_configs/reference/nvme.json``)."""
 USABLE = 0.92
 """Share of a device's memory that a plan may fill: the allocator's blocks do not close up."""
 
@@ -93,9 +94,12 @@ def _reference(shape: Shape, setup: Setup) -> list[Line]:
     if setup.reference is None:
         return []
     where = {"resident": "device", "offload": "host", "nvme": "disk"}.get(setup.reference)
-    lines = []
+    lines, ranks = [], max(1, setup.world_size)
     if where:
-        lines.append(Line("reference", shape.total * setup.bytes_per_weight // max(1, setup.world_size), where))
+        lines.append(Line("reference", shape.total * setup.bytes_per_weight // ranks, where))
+    if where == "disk":
+        largest = -(-shape.largest // ranks)
+        lines.append(Line("reference, on its way", REFERENCE_BUFFERS * largest * setup.bytes_per_weight, "host"))
     if setup.reference != "adapter" and not setup.num_adapter:
         lines.append(Line("LM head of the reference", shape.head * setup.bytes_per_weight))
     return lines
@@ -173,20 +177,23 @@ class ReferenceMode(NamedTuple):
     right_when: str
 
 
-def reference_modes(
-    size: ModelSize, *, bytes_per_weight: int, world_size: int, num_adapter: int = 0
-) -> dict[str, ReferenceMode]:
-    """What each mode holds on one of ``world_size`` ranks, the reference's LM head included."""
-    share = size.total * bytes_per_weight // max(1, world_size)
-    head = 0 if num_adapter else size.head * bytes_per_weight
-    modes = {
-        "cached": ReferenceMode(
-            head, 0, 0, size.hidden_size * bytes_per_weight,
-            "full training for more than one pass over retain rows that stay the same; any disk all nodes share",
-        ),
-        "resident": ReferenceMode(share + head, 0, 0, 0, "new retain rows all the time, and device memory to spare"),
-        "offload": ReferenceMode(head, share, 0, 0, "new retain rows all the time, and only host memory to spare"),
-        "nvme": ReferenceMode(head, 0, share, 0, "neither device nor host memory to spare: the slowest"),
-    }  # fmt: skip
-    adapter = ReferenceMode(0, 0, 0, 0, "LoRA, always: the policy with its adapters off")
-    return {"adapter": adapter, **modes} if num_adapter else modes
+RIGHT_WHEN = {
+    "adapter": "LoRA, always: the policy with its adapters off",
+    "cached": "full training for more than one pass over retain rows that stay the same; any disk all nodes share",
+    "resident": "new retain rows all the time, and device memory to spare",
+    "offload": "new retain rows all the time, and only host memory to spare",
+    "nvme": "neither device nor host memory to spare: the slowest",
+}
+
+
+def reference_modes(shape: Shape, setup: Setup) -> dict[str, ReferenceMode]:
+    """What each mode that the run could have holds on one rank, the reference's LM head included."""
+    modes = {}
+    for name, right_when in RIGHT_WHEN.items():
+        if name == "adapter" and not setup.num_adapter:
+            continue
+        lines = _reference(shape, setup._replace(reference=name))
+        held = [sum(line.num_bytes for line in lines if line.where == place) for place in ("device", "host", "disk")]
+        per_token = shape.hidden_size * setup.bytes_per_weight if name == "cached" else 0
+        modes[name] = ReferenceMode(*held, per_token, right_when)
+    return modes
