@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from unlearn_ds import rectangles
 from unlearn_ds.config import UsageError
 from unlearn_ds.types import PackedBatch, SharedPrompts
 
@@ -118,12 +119,27 @@ def flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: P
     return out.squeeze(0).transpose(0, 1)
 
 
-@_with_own_prompts
 def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """torch's scaled-dot-product attention on any device: sequences side by side in a rectangle, for attention only.
+    """torch's scaled-dot-product attention on any device: sequences side by side in rectangles, for attention only.
 
-    Padding stands on the right, so under a causal mask no real token ever sees it and no mask tensor is needed.
+    Padding stands on the right, so under a causal mask no real token ever sees it and no mask tensor is needed. A CPU
+    has rectangles of sequences of about one length; a GPU would wait for the lengths, and has a single one.
     """
+    if query.device.type != "cpu":
+        return _one_rectangle(query, key, value, packing)
+    laid = rectangles.lay(packing.cu_seqlens, packing.shared)
+    if not laid.shapes:
+        return query
+    parts = [take(x, laid.source_P).split([rows * length for rows, length in laid.shapes]) for x in (query, key, value)]
+    outputs = []
+    for (rows, length), *streams in zip(laid.shapes, *parts, strict=True):
+        out = _causal(*(x.view(rows, length, *x.shape[1:]).transpose(1, 2) for x in streams), packing)
+        outputs.append(out.transpose(1, 2).reshape(rows * length, query.shape[1], -1))
+    return torch.cat(outputs).index_select(0, laid.home_T)
+
+
+@_with_own_prompts
+def _one_rectangle(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing) -> torch.Tensor:
     num_sequences, longest = packing.cu_seqlens.numel() - 1, packing.max_seqlen
     lengths = packing.cu_seqlens.diff()
     sequence_T = torch.repeat_interleave(
@@ -135,20 +151,24 @@ def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: P
         rectangle = x.new_zeros(num_sequences * longest, *x.shape[1:]).index_copy(0, slot_T, x)
         return rectangle.view(num_sequences, longest, *x.shape[1:]).transpose(1, 2)
 
-    windowed = packing.window is not None and packing.window < longest
-    position = torch.arange(longest, device=query.device)
+    out = _causal(spread(query), spread(key), spread(value), packing)
+    return out.transpose(1, 2).reshape(num_sequences * longest, query.shape[1], -1).index_select(0, slot_T)
+
+
+def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing) -> torch.Tensor:
+    """Causal attention in a rectangle, [sequences, heads, length, D]."""
+    length = query.shape[2]
+    windowed = packing.window is not None and packing.window < length
+    position = torch.arange(length, device=query.device)
     distance = position[:, None] - position[None, :]
     keep = (distance >= 0) & (distance < packing.window) if windowed else distance >= 0
     scale = packing.scale or query.shape[-1] ** -0.5
-    if packing.softcap is not None or (query.device.type == "cpu" and longest <= SHORT):
-        out = _grouped(spread(query), spread(key), spread(value), keep, scale, packing.softcap)
-    else:
-        key, value = _repeat_heads(key, value, query.shape[1])
-        mask = keep if windowed else None
-        out = F.scaled_dot_product_attention(
-            spread(query), spread(key), spread(value), attn_mask=mask, is_causal=not windowed, scale=scale
-        )
-    return out.transpose(1, 2).reshape(num_sequences * longest, query.shape[1], -1).index_select(0, slot_T)
+    if packing.softcap is not None or (query.device.type == "cpu" and length <= SHORT):
+        return _grouped(query, key, value, keep, scale, packing.softcap)
+    key, value = _repeat_heads(key, value, query.shape[1])
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=keep if windowed else None, is_causal=not windowed, scale=scale
+    )
 
 
 def _grouped(
@@ -160,12 +180,16 @@ def _grouped(
     could not soft-cap scores either."""
     batch, num_heads, length, width = query.shape
     kv_heads = key.shape[1]
-    grouped = query.reshape(batch, kv_heads, -1, width)
-    scores = (grouped @ key.transpose(-1, -2) * scale).view(batch, num_heads, length, length)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    weights = scores.masked_fill(~keep, float("-inf")).softmax(-1).view(batch, kv_heads, -1, length)
-    return (weights @ value).view(batch, num_heads, length, -1)
+    query = query.reshape(batch * kv_heads, -1, width)
+    key, value = (x.reshape(batch * kv_heads, length, width) for x in (key, value))
+    hidden = torch.zeros_like(keep, dtype=query.dtype).masked_fill_(~keep, float("-inf"))
+    hidden = hidden.repeat(num_heads // kv_heads, 1)  # the mask of every head that shares a key
+    if softcap is None:
+        # Scale and mask as part of the product: scores are the largest tensors here, and each pass over them counts.
+        scores = torch.baddbmm(hidden, query, key.transpose(1, 2), alpha=scale)
+    else:
+        scores = softcap * torch.tanh(torch.bmm(query, key.transpose(1, 2)) * (scale / softcap)) + hidden
+    return torch.bmm(scores.softmax(-1), value).view(batch, num_heads, length, width)
 
 
 SHORT = 256
@@ -251,18 +275,21 @@ def needed_pairs(batch: PackedBatch, window: int | None) -> int:
 
 
 def executed_pairs(
-    lengths: Sequence[int], window: int | None, rectangle: int | None, device_type: str, capped: bool = False
-) -> int:
+    lengths: Sequence[int], window: int | None, shapes: Sequence[tuple[int, int]] | None, device_type: str,
+    capped: bool = False,
+) -> int:  # fmt: skip
     """(query, key) pairs whose scores an implementation computes for sequences of these lengths.
 
-    rectangle: length that ``sdpa`` fills all sequences up to, the masked half too for short ones on a CPU and for
-    scores that are ``capped``; None for implementations that know where sequences end. Blocks that a kernel cannot skip
-    whole are counted as if it could.
+    shapes: (sequences, length) of the rectangles that ``sdpa`` fills, the masked half too for short ones on a CPU and
+    for scores that are ``capped``; None for implementations that know where sequences end. Blocks that a kernel cannot
+    skip whole are counted as if it could.
     """
-    if rectangle is None:
+    if shapes is None:
         return sum(_causal_pairs(length, window) for length in lengths)
-    full = capped or (device_type == "cpu" and rectangle <= SHORT)
-    return len(lengths) * (rectangle**2 if full else _causal_pairs(rectangle, window))
+    return sum(
+        rows * (length**2 if capped or (device_type == "cpu" and length <= SHORT) else _causal_pairs(length, window))
+        for rows, length in shapes
+    )
 
 
 def _causal_pairs(length: int, window: int | None) -> int:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from unlearn_ds import attention, lora
+from unlearn_ds import attention, lora, rectangles
 from unlearn_ds.config import LoraConfig
 from unlearn_ds.cost.flops import Products, Work
 from unlearn_ds.types import PackedBatch
@@ -106,15 +106,19 @@ def work(batch: PackedBatch, multiplied: Products, attention_name: str, device_t
     of_reference = lengths[len(lengths) - len(batch.kl_keys) :]
     needed = {window: attention.needed_pairs(batch, window) for window in multiplied.attention}
 
-    def executed(of: list[int], longest: int | None) -> dict[int | None, int]:
+    def executed(of: list[int], shapes: list[tuple[int, int]] | None) -> dict[int | None, int]:
         return {
-            window: attention.executed_pairs(of, window, longest, device_type, multiplied.capped_scores)
+            window: attention.executed_pairs(of, window, shapes, device_type, multiplied.capped_scores)
             for window in multiplied.attention
         }
 
-    def by_implementation(of: list[int], longest: int, pairs: dict[int | None, int]) -> dict[int | None, int]:
-        """FlexAttention alone computes what is needed and no more; only SDPA fills a rectangle."""
-        return pairs if attention_name == "flex" else executed(of, longest if attention_name == "sdpa" else None)
+    def by_implementation(of: list[int], pairs: dict[int | None, int]) -> dict[int | None, int]:
+        """FlexAttention alone computes what is needed and no more; only SDPA fills rectangles."""
+        if attention_name == "flex":
+            return pairs
+        if attention_name != "sdpa":
+            return executed(of, None)
+        return executed(of, rectangles.shapes(of) if device_type == "cpu" else [(len(of), max(of, default=0))])
 
     reference = None
     if batch.kl_keys:
@@ -122,10 +126,10 @@ def work(batch: PackedBatch, multiplied: Products, attention_name: str, device_t
         own = executed(of_reference, None)
         reference = Work(
             batch.num_tokens - batch.first_kl_token, batch.num_kl_rows, own,
-            by_implementation(of_reference, batch.max_kl_seqlen, own),
+            by_implementation(of_reference, own),
         )  # fmt: skip
     num_bounded = 0 if batch.bounded_index is None else batch.bounded_index.numel()
     return Work(
-        batch.num_tokens, batch.num_response_tokens, needed, by_implementation(lengths, batch.max_seqlen, needed),
+        batch.num_tokens, batch.num_response_tokens, needed, by_implementation(lengths, needed),
         num_bounded, reference,
     )  # fmt: skip

@@ -1,16 +1,17 @@
 """One optimizer step of this project against the published algorithm done plainly, paired, each in its own process.
 
     python kernels/bench/step.py [--forget 8] [--num_mismatch 5] [--pairs 3] [--plain fp32] [--ours bf16]
+                                 [--plain_memory default|kept]
                                  [--against plain|apart] [--scenario NAME --forget_data FILE --retain_data FILE]
                                  [--reference offload|cached] [--activation_checkpointing] [--output FILE.csv]
 
 Plain: three right-padded forwards (forget, K mismatch answers, retain) with logits of every position in fp32, a KL as
 the published code writes it, a resident copy as reference, torch's AdamW, in fp32 as published. Ours: the engine, the
 packed batch and the fused loss as a run uses them, ZeRO-3 with the reference offloaded, or cached on disk (made before
-the first step: not counted). Apart: ours without shared prompts. Same rows, same model, same machine, same settings of
-the C library's memory (by default it would slow the plain side down further); the embedded sample unless files are
-given. Reported: forget rows a second and peak memory of the process, and their ratios pair by
-pair.
+the first step: not counted). Apart: ours without shared prompts. Same rows, same model, same machine; the embedded
+sample unless files are given. On a CPU the engine has the C library keep freed memory, which a plain script has not:
+``--plain_memory kept`` lends it that, so that only the algorithms are compared. Reported: forget rows a
+second and peak memory of the process, and their ratios pair by pair.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def main() -> None:
     parser.add_argument("--num_mismatch", type=int, default=5, help="mismatch answers for each forget row")
     parser.add_argument("--pairs", type=int, default=3, help="pairs of processes")
     parser.add_argument("--plain", choices=("fp32", "bf16"), default="fp32", help="precision of the plain side")
+    parser.add_argument("--plain_memory", choices=("default", "kept"), default="default",
+                        help="whether the plain side is lent our settings of the C library's memory")  # fmt: skip
     parser.add_argument("--ours", choices=("fp32", "bf16"), default="bf16", help="precision of our side")
     parser.add_argument("--reference", choices=("offload", "resident", "cached"), default="offload", help="of our side")
     parser.add_argument("--activation_checkpointing", action="store_true", help="of our side")
@@ -84,7 +87,8 @@ def compare(options: argparse.Namespace) -> None:
           f"{torch.__version__}, {device}, {options.forget} forget rows, K={options.num_mismatch}, "
           f"ours {options.ours}, reference {options.reference}"
           f"{' with activation checkpointing' * options.activation_checkpointing}, "
-          f"against {options.against}{f' {options.plain}' if options.against == 'plain' else ''}")  # fmt: skip
+          f"against {options.against}"
+          f"{f' {options.plain}, memory {options.plain_memory}' if options.against == 'plain' else ''}")  # fmt: skip
     if options.output:
         with open(options.output, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, list(lines[0]))
@@ -96,7 +100,7 @@ def side(which: str, options: argparse.Namespace) -> dict[str, float]:
     """One side in a process of its own."""
     command = [sys.executable, __file__, "--which", which, "--forget", str(options.forget),
                "--num_mismatch", str(options.num_mismatch), "--plain", options.plain,
-               "--ours", options.ours, "--reference", options.reference]  # fmt: skip
+               "--plain_memory", options.plain_memory, "--ours", options.ours, "--reference", options.reference]  # fmt: skip
     command += ["--activation_checkpointing"] * options.activation_checkpointing
     for name in ("scenario", "forget_data", "retain_data"):
         command += [f"--{name}", getattr(options, name)] if getattr(options, name) else []
@@ -165,8 +169,8 @@ def plain(options: argparse.Namespace) -> float:
 
     from unlearn_ds import machine
 
-    if not torch.cuda.is_available():
-        machine.keep_freed_memory()  # as the engine does: allocators are not what is compared
+    if options.plain_memory == "kept" and not torch.cuda.is_available():
+        machine.keep_freed_memory()
     config, path, loader = sample_rows(options)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if options.plain == "fp32" else torch.bfloat16

@@ -25,6 +25,7 @@ LEVELS = {
         "arguments",
         "ds_json",
         "workspace",
+        "rectangles",
         "versions",
         "local_files",
         "ranks",

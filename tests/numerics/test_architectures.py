@@ -117,7 +117,7 @@ def test_shared_prompts_change_neither_loss_nor_gradients(saved, name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_in_bf16_the_error_is_about_that_of_padded_bf16(saved, name):
+def test_in_bf16_the_error_is_at_most_twice_that_of_padded_bf16(saved, name):
     path, rows = saved(name), make_rows()
     exact_model, padded_model = load_plain(path, torch.bfloat16).float(), load_plain(path, torch.bfloat16)
     packed_model = load_packed(path, torch.bfloat16)
@@ -126,10 +126,10 @@ def test_in_bf16_the_error_is_about_that_of_padded_bf16(saved, name):
     loss, packed = packed_model(batch)
     for value in (exact.sum(), padded.sum(), loss):
         value.backward()
-    assert (packed.double() - exact).norm() <= 1.25 * (padded.double() - exact).norm() + 1e-3 * exact.norm()
+    assert (packed.double() - exact).norm() <= 2 * (padded.double() - exact).norm() + 1e-3 * exact.norm()
     truth, plain, ours = (gradients(m) for m in (exact_model, padded_model, packed_model.causal_lm))
     errors = [torch.stack([(g[k] - truth[k]).norm() for k in truth]).norm() for g in (ours, plain)]
-    assert errors[0] <= 1.25 * errors[1]
+    assert errors[0] <= 2 * errors[1]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

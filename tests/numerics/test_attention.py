@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unlearn_ds import attention
+from unlearn_ds import attention, rectangles
 from unlearn_ds.attention import ATTENTION, SHORT, Packing, resolve, sdpa
 
 CPU = torch.device("cpu")
@@ -53,6 +53,20 @@ def one_by_one(stream: Stream, window=None, scale=None, softcap=None, dtype=torc
             heads.append(scores.masked_fill(~keep, float("-inf")).softmax(-1) @ value[:, head // repeats])
         outputs.append(torch.stack(heads, 1))
     return torch.cat(outputs)
+
+
+def test_rectangles_hold_each_token_once_and_sequences_of_about_one_length():
+    lengths = [5, 90, 4, 6, 5, 4, 6, 5, 5, 91, 4]
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    laid = rectangles.lay(ends, None)
+    assert laid.shapes == rectangles.shapes(lengths) == [(8, 6), (3, 91)]
+    assert sum(rows * length for rows, length in laid.shapes) == len(laid.source_P)
+    assert laid.source_P[laid.home_T].tolist() == list(range(sum(lengths)))
+
+
+def test_a_stream_without_tokens_stays_one():
+    stream = make_stream([])
+    assert sdpa(*stream[:3], Packing(torch.zeros(1, dtype=torch.int32), 0)).shape == (0, 4, 8)
 
 
 def test_the_lengths_below_reach_both_ways_of_computing():
