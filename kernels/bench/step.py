@@ -100,7 +100,8 @@ def side(which: str, options: argparse.Namespace) -> dict[str, float]:
     """One side in a process of its own."""
     command = [sys.executable, __file__, "--which", which, "--forget", str(options.forget),
                "--num_mismatch", str(options.num_mismatch), "--plain", options.plain,
-               "--plain_memory", options.plain_memory, "--ours", options.ours, "--reference", options.reference]  # fmt: skip
+               "--plain_memory", options.plain_memory, "--ours", options.ours,
+               "--reference", options.reference]  # fmt: skip
     command += ["--activation_checkpointing"] * options.activation_checkpointing
     for name in ("scenario", "forget_data", "retain_data"):
         command += [f"--{name}", getattr(options, name)] if getattr(options, name) else []
