@@ -24,7 +24,7 @@ def trained(tmp_path_factory, tiny_model_dir):
     forget, retain = write_data(folder)
     common = [
         "--forget_data", forget, "--retain_data", retain, "--schedule", "constant", "--warmup_ratio", 0,
-        "--batch_size", 4, "--log.progress", "false", "--ds_config", ds_config(folder, 3, bf16=True),
+        "--batch_size", 4, "--log.progress", "false", "--ds_config", ds_config(folder, 3),
     ]  # fmt: skip
 
     def finished(name, *flags, model=tiny_model_dir, ranks=0):
