@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement
 from rivals import OURS, Implementation, available, find, version
 
 HEADS = {"llama2-7b": (32000, 4096), "llama3-8b": (128256, 4096), "smollm2": (49152, 576)}
@@ -108,7 +109,8 @@ def run(settings: dict[str, Any]) -> dict[str, Any] | None:
 def origin(options: argparse.Namespace, name: str) -> dict[str, str]:
     """Hardware, versions and commit."""
     packages = ["torch", "triton"] if name == OURS else find(name).package.split()
-    versions = " ".join(f"{package} {version(package)}" for package in dict.fromkeys(["torch", *packages]))
+    packages = dict.fromkeys(["torch", *packages])
+    versions = " ".join(f"{Requirement(package).name} {version(package)}" for package in packages)
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     hardware = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()

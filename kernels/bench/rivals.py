@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from packaging.requirements import Requirement
 
 Loss = Callable[..., torch.Tensor]
 
@@ -20,7 +21,7 @@ Loss = Callable[..., torch.Tensor]
 class Implementation(NamedTuple):
     """cross_entropy(hidden, weight, targets), kl(hidden, weight, reference hidden, reference weight).
 
-    package: whose version counts. all_tokens: makes logits of prompt tokens too, term by term as published. weighted: a
+    package: what has to be installed, several apart by spaces; its version is written down. all_tokens: makes logits of prompt tokens too, term by term as published. weighted: a
     cross-entropy with a weight for each row, where there is one: then forget and mismatch are one call."""
 
     cross_entropy: Loss | None
@@ -104,7 +105,7 @@ IMPLEMENTATIONS = {
     "liger": Implementation(liger_cross_entropy, liger_jsd, "liger-kernel", needs_gpu=True),
     "liger chunked": Implementation(None, liger_chunked_kl, "liger-kernel"),
     "cut-cross-entropy": Implementation(cut_cross_entropy, None, "cut-cross-entropy", needs_gpu=True),
-    "trl": Implementation(trl_cross_entropy, trl_kl, "trl", weighted=trl_weighted),
+    "trl": Implementation(trl_cross_entropy, trl_kl, "trl>=1.16", weighted=trl_weighted),
 }
 COMBINATIONS = {
     "torch linear_cross_entropy + trl": ("torch linear_cross_entropy", "trl"),
@@ -143,8 +144,10 @@ def available(device: str, term: str) -> list[str]:
 
 @functools.cache
 def version(package: str) -> str | None:
-    """Installed version of a package; None without it."""
+    """Installed version of a package, such as ``trl>=1.16``; None without it and where another version is installed."""
+    wanted = Requirement(package)
     try:
-        return importlib.metadata.version(package)
+        there = importlib.metadata.version(wanted.name)
     except importlib.metadata.PackageNotFoundError:
         return None
+    return there if wanted.specifier.contains(there) else None
