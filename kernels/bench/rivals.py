@@ -21,8 +21,9 @@ Loss = Callable[..., torch.Tensor]
 class Implementation(NamedTuple):
     """cross_entropy(hidden, weight, targets), kl(hidden, weight, reference hidden, reference weight).
 
-    package: what has to be installed, several apart by spaces; its version is written down. all_tokens: makes logits of prompt tokens too, term by term as published. weighted: a
-    cross-entropy with a weight for each row, where there is one: then forget and mismatch are one call."""
+    package: what has to be installed, apart by spaces; its version is written down. all_tokens: makes logits of prompt
+    tokens too, term by term as published. weighted: a cross-entropy with a weight for each row, where there is one:
+    then forget and mismatch are one call."""
 
     cross_entropy: Loss | None
     kl: Loss | None
