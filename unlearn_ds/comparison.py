@@ -6,6 +6,7 @@ Everything is read from the run folders of the variants, so a comparison can be 
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,11 +46,15 @@ class Row(NamedTuple):
 
 
 class Cell(NamedTuple):
-    """``text``: the number, or the mean of several seeds; ``spread``: their standard deviation after ±, or nothing."""
+    """``text``: the number, or the mean of several seeds; ``spread``: their standard deviation, empty with one."""
 
     text: str
     spread: str
     number: float | None
+
+    @property
+    def whole(self) -> str:
+        return f"{self.text.removesuffix(' %')} ± {self.spread}" if self.spread else self.text
 
 
 def read(folder: Path, names: Sequence[str]) -> list[Variant]:
@@ -90,7 +95,7 @@ def rows(variants: Sequence[Variant]) -> list[Row]:
                 name,
                 first.metric,
                 first.before,
-                tuple(text + spread for text, spread, _ in cells),
+                tuple(cell.whole for cell in cells),
                 _best(name, key, cells),
             )
         )
@@ -103,8 +108,8 @@ def _cell(key: str, numbers: Sequence[float | None]) -> Cell:
     if not there:
         return Cell(report.MISSING, "", None)
     show = report.percent if report.METRICS.get(key, report.Metric(key)).unit == "share" else report.number
-    mean = statistics.fmean(there)
-    return Cell(show(mean), f" ± {show(statistics.stdev(there))}" if len(there) > 1 else "", mean)
+    mean, has_spread = statistics.fmean(there), len(there) > 1 and all(map(math.isfinite, there))
+    return Cell(show(mean), show(statistics.stdev(there)) if has_spread else "", mean)
 
 
 def _best(name: str, key: str, cells: Sequence[Cell]) -> tuple[bool, ...]:

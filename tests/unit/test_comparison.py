@@ -216,7 +216,7 @@ def repeated(folder):
 
 def test_several_seeds_give_the_mean_and_the_standard_deviation_and_means_are_compared(folder, repeated):
     found = row(repeated, "unlearned", "hallucinated answers")
-    assert found.after == ("3 % ± 2 %", "62 % ± 0 %", "1 % ± 0 %") and found.best == (False, False, True)
+    assert found.after == ("3 ± 2 %", "62 ± 0 %", "1 ± 0 %") and found.best == (False, False, True)
     assert row(repeated, "neutral", "multiple-choice accuracy").best == (True, True, False)
     assert "standard deviation of 3 seeds" in write(folder, repeated)
     written = json.loads((folder / "comparison.json").read_text())["variants"]
@@ -227,7 +227,12 @@ def test_several_seeds_give_the_mean_and_the_standard_deviation_and_means_are_co
 
 def test_a_number_that_only_some_seeds_have_is_the_mean_of_those(repeated):
     del repeated[0].repeats[1]["after"]["unlearned"]["rate"]
-    assert row(repeated, "unlearned", "hallucinated answers").after[0] == "3 % ± 2.8 %"
+    assert row(repeated, "unlearned", "hallucinated answers").after[0] == "3 ± 2.8 %"
+
+
+def test_a_seed_that_diverged_leaves_a_mean_without_a_spread(repeated):
+    repeated[1].repeats[2]["after"]["normal"]["perplexity"] = math.inf
+    assert row(repeated, "normal", "perplexity").after[1] == report.number(math.inf)
 
 
 def test_the_terminal_table_of_several_seeds_fits_80_columns(repeated, capsys, monkeypatch):
