@@ -33,9 +33,9 @@ class Variant(NamedTuple):
 class Row(NamedTuple):
     """One line of the table, as text: ``before``, and each variant after; ``best``: which of those is the best one.
 
-    With several seeds a variant has the mean and the sample standard deviation, and the means are compared. Values that
-    look the same share the first place. None is the best where neither way is better, where all look the same, and
-    where only one variant has the number.
+    With several seeds a variant has the mean and the sample standard deviation. Values that look the same share the
+    first place, and means that differ by less than a standard deviation. None is the best where neither way is better,
+    where all look the same, and where only one variant has the number.
     """
 
     set: str
@@ -51,6 +51,7 @@ class Cell(NamedTuple):
     text: str
     spread: str
     number: float | None
+    deviation: float = 0.0
 
     @property
     def whole(self) -> str:
@@ -108,18 +109,26 @@ def _cell(key: str, numbers: Sequence[float | None]) -> Cell:
     if not there:
         return Cell(report.MISSING, "", None)
     show = report.percent if report.METRICS.get(key, report.Metric(key)).unit == "share" else report.number
-    mean, has_spread = statistics.fmean(there), len(there) > 1 and all(map(math.isfinite, there))
-    return Cell(show(mean), show(statistics.stdev(there)) if has_spread else "", mean)
+    mean = statistics.fmean(there)
+    if len(there) < 2 or not all(map(math.isfinite, there)):
+        return Cell(show(mean), "", mean)
+    deviation = statistics.stdev(there)
+    return Cell(show(mean), show(deviation), mean, deviation)
 
 
 def _best(name: str, key: str, cells: Sequence[Cell]) -> tuple[bool, ...]:
     metric = report.METRICS.get(key, report.Metric(key))
     more_is_better = metric.forget if name in report.FORGET_SETS else metric.keep
-    there = {cell.number: cell.text for cell in cells if cell.number is not None}
-    if more_is_better is None or len(set(there.values())) < 2:
+    there = [cell for cell in cells if cell.number is not None]
+    if more_is_better is None or not there:
         return (False,) * len(cells)
-    best = there[max(there) if more_is_better else min(there)]
-    return tuple(cell.text == best for cell in cells)
+    best = (max if more_is_better else min)(there, key=lambda cell: cell.number)
+    shares = [
+        cell in there
+        and (cell.text == best.text or abs(cell.number - best.number) < max(cell.deviation, best.deviation))
+        for cell in cells
+    ]
+    return tuple(shares) if sum(shares) < len(there) else (False,) * len(cells)
 
 
 def changes(variants: Sequence[Variant]) -> dict[str, list[Any]]:

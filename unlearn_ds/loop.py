@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +76,7 @@ class Run:
         A state is evaluated at the start of the next step: after its checkpoint, which therefore never knows of it.
         """
         config, total = self.config, self.config.optim.max_steps
-        progress = log.Progress(total, state["step"], config.objective.name, config.log.progress)
+        progress, told = log.Progress(total, state["step"], config.objective.name, config.log.progress), False
         with progress, log.MetricsLog(self.folder, config.log.tensorboard, state["step"]) as metrics:
             for step in range(state["step"] + 1, total + 1):
                 if due(step - 1, config.eval.every) and (fired := self.consider(self.evaluate(step - 1), metrics)):
@@ -88,6 +88,9 @@ class Run:
                 if self.profiler.detailed:
                     metrics.scalars("profile", {name: row[name] for name in row.keys() - line.keys()}, step)
                     progress.say(step_line(line))
+                if not told and (idle := idle_step(line, config.objective.forget_bound)):
+                    log.say(f"warning     {idle}")
+                    told = True
                 fired = self.stopping.after_step(line)
                 losses = {term.name: line[f"loss_{term.name}"] for term in self.loader.terms}
                 progress.update(losses, self.stopping.last_step)
@@ -254,3 +257,11 @@ def flat(result: dict[str, Any]) -> dict[str, float]:
     """The numbers of an evaluation under the names set/measure."""
     sets = {key: value for key, value in result.items() if isinstance(value, dict)}
     return {f"{group}/{key}": value for group, values in sets.items() for key, value in values.items()}
+
+
+def idle_step(line: Mapping[str, Any], forget_bound: float) -> str | None:
+    """What to say of a step that had nothing to change; None of any other."""
+    if line["grad_norm"] != 0 or line["skipped"]:
+        return None
+    why = f": the answers to forget are all beyond --forget_bound {forget_bound:g} already" if forget_bound else ""
+    return f"step {line['step']} changed nothing, no weight has a gradient{why}"

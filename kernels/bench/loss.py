@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 from packaging.requirements import Requirement
-from rivals import OURS, Implementation, available, find, version
+from rivals import COMBINATIONS, IMPLEMENTATIONS, OURS, Implementation, available, find, missing, version
 
 HEADS = {"llama2-7b": (32000, 4096), "llama3-8b": (128256, 4096), "smollm2": (49152, 576)}
 TERMS = ("ce", "kl", "three")
@@ -48,17 +49,32 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="all tokens, prompts included; default: four times the rows")
     parser.add_argument("--terms", nargs="+", choices=TERMS, default=TERMS)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16" if has_gpu else "fp32")
-    parser.add_argument("--only", nargs="+", help="names of implementations; default: all that are installed")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=(OURS, *IMPLEMENTATIONS, *COMBINATIONS), metavar="NAME",
+                        help=f"default: all that are installed, of {', '.join((OURS, *IMPLEMENTATIONS))}")  # fmt: skip
+    parser.add_argument("--rounds", type=at_least_one, default=3)
     parser.add_argument("--output", help="CSV file; a plot of the same name is put beside it")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measure(json.loads(options.one))))
         return
-    lines = [line for rows in options.rows for term in options.terms for line in compare(options, rows, term)]
-    if options.output:
-        write(Path(options.output), lines)
+    if options.device == "cuda" and not has_gpu:
+        parser.error("--device cuda: torch finds no GPU here")
+    if missing():
+        print(f"not compared, not installed (pip install, into an environment of their own): {', '.join(missing())}")
+    lines = []
+    for rows, term in itertools.product(options.rows, options.terms):
+        lines += compare(options, rows, term)
+        if options.output and lines:
+            write(Path(options.output), lines)  # what is measured is kept if the rest is not
+    if not lines:
+        raise SystemExit("error: nothing could be measured")
+
+
+def at_least_one(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"takes a whole number above 0; got '{text}'")
+    return int(text)
 
 
 def compare(options: argparse.Namespace, rows: int, term: str) -> list[dict[str, Any]]:

@@ -143,6 +143,13 @@ def available(device: str, term: str) -> list[str]:
     return found
 
 
+def missing() -> list[str]:
+    """Packages of implementations that are not installed, or not at a version that has what is compared."""
+    return [
+        package for package in dict.fromkeys(row.package for row in IMPLEMENTATIONS.values()) if not version(package)
+    ]
+
+
 @functools.cache
 def version(package: str) -> str | None:
     """Installed version of a package, such as ``trl>=1.16``; None without it and where another version is installed."""

@@ -200,9 +200,9 @@ def test_six_variants_fit_80_columns_too(variants, capsys, monkeypatch):
 
 @pytest.fixture
 def repeated(folder):
-    """The study with three seeds: rates of ``ours`` 1, 3 and 5 %."""
+    """The study with three seeds: rates of ``ours`` 1, 4 and 4 %."""
     for label in LABELS:
-        for seed, rate in ((1, 0.03), (2, 0.05)):
+        for seed, rate in ((1, 0.04), (2, 0.04)):
             copy = folder / f"{label}-seed-{seed}"
             shutil.copytree(folder / label, copy)
             settings = json.loads((copy / "config.json").read_text())
@@ -216,18 +216,26 @@ def repeated(folder):
 
 def test_several_seeds_give_the_mean_and_the_standard_deviation_and_means_are_compared(folder, repeated):
     found = row(repeated, "unlearned", "hallucinated answers")
-    assert found.after == ("3 ± 2 %", "62 ± 0 %", "1 ± 0 %") and found.best == (False, False, True)
+    assert found.after == ("3 ± 1.7 %", "62 ± 0 %", "1 ± 0 %") and found.best == (False, False, True)
     assert row(repeated, "neutral", "multiple-choice accuracy").best == (True, True, False)
-    assert "standard deviation of 3 seeds" in write(folder, repeated)
+    text = write(folder, repeated)
+    assert "standard deviation of 3 seeds" in text and 'href="ours-seed-2/report.html"' in text
     written = json.loads((folder / "comparison.json").read_text())["variants"]
     assert list(written) == list(LABELS)
     rates = {seed: after["unlearned"]["rate"] for seed, after in written["ours"]["after_with_seed"].items()}
-    assert rates == {"0": 0.01, "1": 0.03, "2": 0.05}
+    assert rates == {"0": 0.01, "1": 0.04, "2": 0.04}
+
+
+def test_means_within_a_standard_deviation_share_the_first_place(repeated):
+    for seed, rate in ((1, 0.01), (2, 0.07)):
+        repeated[0].repeats[seed]["after"]["unlearned"]["rate"] = rate
+    found = row(repeated, "unlearned", "hallucinated answers")
+    assert found.after[0] == "3 ± 3.5 %" and found.best == (True, False, True)
 
 
 def test_a_number_that_only_some_seeds_have_is_the_mean_of_those(repeated):
     del repeated[0].repeats[1]["after"]["unlearned"]["rate"]
-    assert row(repeated, "unlearned", "hallucinated answers").after[0] == "3 ± 2.8 %"
+    assert row(repeated, "unlearned", "hallucinated answers").after[0] == "2.5 ± 2.1 %"
 
 
 def test_a_seed_that_diverged_leaves_a_mean_without_a_spread(repeated):
