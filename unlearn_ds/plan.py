@@ -90,6 +90,8 @@ def say_totals(plan: Plan, ranks: Machine) -> None:
             log.say(f"{name}: {needed / GIB:,.1f} GiB needed; {flag} GiB says how much there is")
             continue
         verdict = "fits" if needed <= share * there else "DOES NOT FIT"
+        if verdict != "fits" and ranks.device_bytes is None:
+            verdict += " without GPUs; --gpu_memory GiB plans for some"
         log.say(f"{name}: {needed / GIB:,.1f} of {there / GIB:,.1f} GiB, of which {share:.0%} may be filled: {verdict}")
 
 
