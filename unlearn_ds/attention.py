@@ -102,8 +102,14 @@ def varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing:
 
 
 def flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing) -> torch.Tensor:
-    """FlexAttention with a block mask (CUDA); any dtype, sliding windows and soft-capping."""
-    num_tokens = query.shape[0]
+    """FlexAttention with a block mask (CUDA); any dtype, sliding windows and soft-capping.
+
+    The backend is named because torch's choice for streams below 128 tokens, made for decoding, has no configuration
+    for sizes that are not known when it is compiled.
+    """
+    num_tokens, width = query.shape[0], query.shape[-1]
+    if width < 16:
+        raise ValueError(f"--attention flex needs heads of at least 16 elements; this model's have {width}: use varlen")
     mask = _flex_mask(packing._replace(scale=None, softcap=None), num_tokens)
     score = None
     if packing.softcap is not None:
@@ -114,7 +120,7 @@ def flex(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: P
 
     out = _compiled_flex()(
         *(x.transpose(0, 1).unsqueeze(0) for x in (query, key, value)), score_mod=score, block_mask=mask,
-        scale=packing.scale, enable_gqa=query.shape[1] != key.shape[1],
+        scale=packing.scale, enable_gqa=query.shape[1] != key.shape[1], kernel_options={"BACKEND": "TRITON"},
     )  # fmt: skip
     return out.squeeze(0).transpose(0, 1)
 

@@ -45,7 +45,7 @@ def project(measured: Mapping[str, Any], actor: Actor, steps: int, against: str,
 def print_projection(found: Mapping[str, Any]) -> None:
     """The figures of a run and its ratios, within 80 columns."""
     measured, figures = found["measured"], _table("", "")
-    mfu = measured["mfu"]
+    mfu, known = measured["mfu"], measured.get
     for name, value in (
         ("model", f"{measured['model']}, {measured['parameters'] / 1e6:,.4g}M parameters"),
         ("devices", f"{measured['ranks']} x {measured['device']}"),
@@ -56,7 +56,8 @@ def print_projection(found: Mapping[str, Any]) -> None:
         ("TFLOP/s a device", f"{measured['tflops_per_device']:.3g}"),
         ("MFU", "n/a, no peak is known of this device" if mfu is None
                 else f"{ratio_percent(mfu)} of the specified peak"),
-        ("peak memory", f"{measured['peak_memory_bytes'] / 2**30:.1f} GiB a device"),
+        ("peak memory", f"{_beside_plan(known('peak_memory_bytes'), known('planned_memory_bytes'))} a device"),
+        ("host memory", f"{_beside_plan(known('host_memory_bytes'), known('planned_host_bytes'))}"),
         (f"whole run, {found['steps']} steps",
          f"{_hours(found['device_hours'])} device-hours, {found['flops']:.2e} FLOPs"),
     ):  # fmt: skip
@@ -192,6 +193,13 @@ def _draw(path: Path, found: Mapping[str, Any]) -> None:
         f"{model}: unlearning costs {ratio_percent(mine)} of RLHF ({found['against']})", loc="left", fontweight="bold"
     )
     figure.savefig(path)
+
+
+def _beside_plan(num_bytes: float | None, planned: float | None) -> str:
+    """Measured GiB, and what the plan has, where they are known."""
+    if num_bytes is None:
+        return "n/a"
+    return f"{num_bytes / 2**30:.1f} GiB" + ("" if planned is None else f" ({planned / 2**30:.1f} planned)")
 
 
 def _hours(value: float) -> str:

@@ -7,10 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from unlearn_ds import build, dist, ds_json, embedded, engine, log, projection, run_folder
+from unlearn_ds import build, dist, ds_json, embedded, engine, log, machine, projection, run_folder, sizing
 from unlearn_ds import model as models
 from unlearn_ds.config import RunConfig, StopConfig, replace
 from unlearn_ds.cost import devices
+from unlearn_ds.cost.memory import memory_plan
 from unlearn_ds.cost.rlhf import Actor, Cluster
 from unlearn_ds.heartbeat import Heartbeat
 from unlearn_ds.loop import Run
@@ -53,9 +54,12 @@ def main(
 def measure(config: RunConfig, num_steps: int) -> tuple[dict[str, Any], Actor]:
     """Take ``num_steps`` optimizer steps as a run would, and return their figures (medians over the steps after the
     first ones) and the model's sizes."""
+    engine.start(config.engine)
+    free = machine.host_bytes(free=True)
     run = build_run(config, num_steps)
     with Heartbeat(config.engine.heartbeat_seconds):
         run.fit({"step": 0, "skipped_in_a_row": 0})
+    host_bytes = free - machine.host_bytes(free=True)
     run.profiler.finish(run.folder)
     architecture = run.policy.model.config
     run.policy.close()
@@ -63,7 +67,7 @@ def measure(config: RunConfig, num_steps: int) -> tuple[dict[str, Any], Actor]:
     options, heads = text.to_dict(), text.num_attention_heads
     kv_heads = options.get("num_key_value_heads") or heads
     actor = Actor(size, kv_heads * (options.get("head_dim") or text.hidden_size // heads))
-    return figures(config, run.profiler, size.total), actor
+    return {**figures(config, run.profiler, size.total), **memory(config, run.profiler, host_bytes)}, actor
 
 
 def measure_rlhf(config: RunConfig, ready: settings.Ready, recipe: Recipe, num_steps: int) -> dict[str, Any]:
@@ -98,13 +102,32 @@ def build_run(config: RunConfig, num_steps: int) -> Run:
     return Run(short, policy, loader, log.StopSignal(), build.stopping(short), reference, folder, profiler=profiler)
 
 
+def memory(config: RunConfig, profiler: Profiler, host_bytes: int) -> dict[str, Any]:
+    """Bytes of the fullest device; on GPUs also of this node's host memory, and both as the plan has them for
+    micro-batches as long as the longest measured."""
+    found = {"peak_memory_bytes": max(row["peak_memory_bytes"] for row in profiler.rows)}
+    if dist.device_type() == "cpu":
+        return found
+    shape, num_adapter = sizing.shape_of(config)
+    setup = sizing.setup_of(config, shape, num_adapter, sizing.machine(config))
+    micro_batches = config.optim.gradient_accumulation_steps * dist.world_size()
+    tokens = max(row["tokens"] for row in profiler.rows)
+    plan = memory_plan(shape, setup._replace(num_tokens=round(tokens / micro_batches)))
+    return {
+        **found,
+        # The allocator, which measures the peak, knows nothing of the context.
+        "planned_memory_bytes": plan.peak() - plan.of("CUDA context"),
+        "host_memory_bytes": host_bytes, "planned_host_bytes": plan.peak("host") * setup.ranks_per_node,
+    }  # fmt: skip
+
+
 def figures(config: RunConfig, profiler: Profiler, parameters: int) -> dict[str, Any]:
     """What was measured: medians, of all devices together unless the name says otherwise."""
     rows = warm(profiler.rows)
     median = {
         name: statistics.median(row[name] for row in rows)
         for name in ("step_seconds", "tokens", "tokens_per_second", "hardware_flops", "model_flops",
-                     "tflops_per_device", "peak_memory_bytes")
+                     "tflops_per_device")
     }  # fmt: skip
     optim, used = config.optim, profiler.summary()["utilization"]
     samples = optim.batch_size * optim.gradient_accumulation_steps * dist.world_size()
@@ -114,5 +137,5 @@ def figures(config: RunConfig, profiler: Profiler, parameters: int) -> dict[str,
         "seconds_a_step": median["step_seconds"], "tokens_a_step": median["tokens"],
         "forget_samples_a_step": samples, "tokens_per_second": median["tokens_per_second"],
         "model_flops_a_step": median["model_flops"], "hardware_flops_a_step": median["hardware_flops"],
-        "tflops_per_device": median["tflops_per_device"], "peak_memory_bytes": median["peak_memory_bytes"], **used,
+        "tflops_per_device": median["tflops_per_device"], **used,
     }  # fmt: skip

@@ -6,8 +6,9 @@
 Hidden states of ``--tokens`` tokens, of which ``--rows`` are response tokens; "three" takes a quarter of these for
 forget, a half for mismatch and a quarter for retain. Each implementation runs in processes of its own, in turn, round
 by round; ratios are those of one round. extra_bytes: peak beyond hidden states and heads, gradients included. error:
-relative error of the head's gradient against float64 on the first 128 rows. On a CPU nothing of others is compiled by
-torch.compile. A plot goes beside the CSV.
+relative error of the head's gradient against float64 on the first 128 rows. floor: seconds of the products alone,
+at the rate of a large product on this GPU. On a CPU nothing of others is compiled by torch.compile. A plot goes beside
+the CSV.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from rivals import COMBINATIONS, IMPLEMENTATIONS, OURS, Implementation, availabl
 
 HEADS = {"llama2-7b": (32000, 4096), "llama3-8b": (128256, 4096), "smollm2": (49152, 576)}
 TERMS = ("ce", "kl", "three")
-COUNTED, TRUTH_ROWS = 3, 128
+WARM_UP, COUNTED, TRUTH_ROWS = {"cpu": 1, "cuda": 3}, {"cpu": 3, "cuda": 20}, 128
 COLUMNS = (
     "implementation", "term", "device", "head", "rows", "tokens", "dtype", "seconds", "extra_bytes", "error",
-    "loss_error", "ratio", "hardware", "versions", "commit",
+    "loss_error", "ratio", "floor", "hardware", "versions", "commit",
 )  # fmt: skip
 
 
@@ -62,6 +63,9 @@ def main() -> None:
         parser.error("--device cuda: torch finds no GPU here")
     if missing():
         print(f"not compared, not installed (pip install, into an environment of their own): {', '.join(missing())}")
+    options.rate = product_rate() if options.device == "cuda" else None
+    if options.rate:
+        print(f"products of bf16 matrices of 8192 x 8192 here: {options.rate / 1e12:.0f} TFLOP/s")
     lines = []
     for rows, term in itertools.product(options.rows, options.terms):
         lines += compare(options, rows, term)
@@ -82,11 +86,14 @@ def compare(options: argparse.Namespace, rows: int, term: str) -> list[dict[str,
     names = [name for name in available(options.device, term) if not options.only or name in options.only]
     settings = {"term": term, "device": options.device, "head": options.head, "rows": rows, "dtype": options.dtype}
     settings["tokens"] = options.tokens or 4 * rows
-    held = {name: run(settings | {"implementation": name, "measure": "memory"}) for name in names}
-    seconds: dict[str, list[float]] = {name: [] for name in names if held[name] is not None}
-    for _ in range(options.rounds):
+    # A CPU's peak memory and time need processes with different allocators; a GPU's do not.
+    together = ["memory", "seconds"] if options.device == "cuda" else ["memory"]
+    held = {name: run(settings | {"implementation": name, "measure": together}) for name in names}
+    found = {name: result for name, result in held.items() if result is not None}
+    seconds: dict[str, list[float]] = {name: [r.pop("seconds")] if "seconds" in r else [] for name, r in found.items()}
+    for _ in range(options.rounds - len(together) + 1):
         for name in list(seconds):
-            result = run(settings | {"implementation": name, "measure": "seconds"})
+            result = run(settings | {"implementation": name, "measure": ["seconds"]})
             if result is None:
                 del seconds[name]
             else:
@@ -94,14 +101,16 @@ def compare(options: argparse.Namespace, rows: int, term: str) -> list[dict[str,
     lines = []
     for name, values in seconds.items():
         pairs = zip(values, seconds.get(OURS, ()), strict=OURS in seconds)
-        line = settings | held[name] | {
+        line = settings | found[name] | {
             "implementation": name, "seconds": statistics.median(values), **origin(options, name),
             "ratio": statistics.median([theirs / ours for theirs, ours in pairs] or [math.nan]),
+            "floor": floor(settings) / options.rate if options.rate else None,
         }  # fmt: skip
         lines.append(line)
+        floors = f"  {line['seconds'] / line['floor']:.2f} x the floor" if line["floor"] else ""
         print(
             f"{term:<6} {rows:>6} rows  {name:<34} {line['seconds']:9.4f} s {line['ratio']:7.2f} x "
-            f"{line['extra_bytes'] / 2**20:9.0f} MiB  error {line['error']:.1e}",
+            f"{line['extra_bytes'] / 2**20:9.0f} MiB  error {line['error']:.1e}{floors}",
             flush=True,
         )
     return lines
@@ -111,7 +120,7 @@ def run(settings: dict[str, Any]) -> dict[str, Any] | None:
     """One implementation in a process of its own; None, with the reason printed, when it fails."""
     command = [sys.executable, __file__, "--one", json.dumps(settings)]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    if settings["measure"] == "seconds":
+    if settings["measure"] == ["seconds"]:
         # As a run sets it (engine.py): freed memory is kept. Peak memory is measured without, or it would be hidden.
         environment |= {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -134,29 +143,36 @@ def origin(options: argparse.Namespace, name: str) -> dict[str, str]:
 
 
 def measure(settings: dict[str, Any]) -> dict[str, Any]:
-    """Errors and peak memory of one implementation, or its seconds."""
+    """Errors and peak memory of one implementation, its seconds, or both."""
     vocab, width = HEADS[settings["head"]]
-    if settings["measure"] == "seconds":
-        given, seconds = problem(settings, vocab, width), []
-        for _ in range(1 + COUNTED):
-            synchronize(settings["device"])
-            began = time.perf_counter()
-            evaluate(settings["implementation"], given)
-            synchronize(settings["device"])
-            seconds.append(time.perf_counter() - began)
-        return {"seconds": statistics.median(seconds[1:])}
-    truth_rows = min(settings["rows"], TRUTH_ROWS)
-    small = problem(settings | {"rows": truth_rows, "tokens": truth_rows}, vocab, width)
-    loss, gradient = evaluate(settings["implementation"], small)
-    exact_loss, exact_gradient = truth(small)
-    errors = {
-        "error": float((gradient.double() - exact_gradient).norm() / exact_gradient.norm()),
-        "loss_error": float((loss.double() - exact_loss).abs() / exact_loss.abs()),
-    }
-    del small, gradient, exact_gradient
-    given = problem(settings, vocab, width)
-    extra_bytes = peak_beyond(settings["device"], lambda: evaluate(settings["implementation"], given))
-    return {"extra_bytes": extra_bytes, **errors}
+    found = {}
+    if "memory" in settings["measure"]:
+        truth_rows = min(settings["rows"], TRUTH_ROWS)
+        small = problem(settings | {"rows": truth_rows, "tokens": truth_rows}, vocab, width)
+        loss, gradient = evaluate(settings["implementation"], small)
+        exact_loss, exact_gradient = truth(small)
+        found["error"] = float((gradient.double() - exact_gradient).norm() / exact_gradient.norm())
+        found["loss_error"] = float((loss.double() - exact_loss).abs() / exact_loss.abs())
+        del small, gradient, exact_gradient
+        given = problem(settings, vocab, width)
+        found["extra_bytes"] = peak_beyond(settings["device"], lambda: evaluate(settings["implementation"], given))
+        del given
+    if "seconds" in settings["measure"]:
+        given = problem(settings, vocab, width)
+        found["seconds"] = seconds_of(settings["device"], lambda: evaluate(settings["implementation"], given))
+    return found
+
+
+def seconds_of(device: str, call: Callable[[], Any]) -> float:
+    """Median seconds of a call after warm-up."""
+    seconds = []
+    for _ in range(WARM_UP[device] + COUNTED[device]):
+        synchronize(device)
+        began = time.perf_counter()
+        call()
+        synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[WARM_UP[device] :])
 
 
 def problem(settings: dict[str, Any], vocab: int, width: int) -> dict[str, Any]:
@@ -280,6 +296,20 @@ def truth(given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         loss = loss + exact["weights"][term] * value
     loss.backward()
     return loss.detach(), exact["weight"].grad
+
+
+def floor(settings: dict[str, Any]) -> float:
+    """FLOPs of the products that losses and gradients cannot do without: three of a cross-entropy row with the head,
+    four of a KL row, whose reference is not differentiated."""
+    vocab, width = HEADS[settings["head"]]
+    num_kl = {"ce": 0, "kl": settings["rows"], "three": settings["rows"] // 4}[settings["term"]]
+    return (6 * (settings["rows"] - num_kl) + 8 * num_kl) * vocab * width
+
+
+def product_rate(size: int = 8192) -> float:
+    """FLOP/s of a large square product of random bf16 matrices on this GPU: the median."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / seconds_of("cuda", lambda: torch.mm(a, b))
 
 
 def synchronize(device: str) -> None:
