@@ -55,7 +55,7 @@ class Cell(NamedTuple):
 
     @property
     def whole(self) -> str:
-        return f"{self.text.removesuffix(' %')} ± {self.spread}" if self.spread else self.text
+        return f"{self.text.removesuffix(' %')}±{self.spread}" if self.spread else self.text
 
 
 def read(folder: Path, names: Sequence[str]) -> list[Variant]:
@@ -91,15 +91,8 @@ def rows(variants: Sequence[Variant]) -> list[Row]:
         lines = [[table[name, key] for table in seeds if (name, key) in table] for seeds in tables]
         first = next(line for seeds in lines for line in seeds)
         cells = [_cell(key, [line.numbers[1] for line in seeds]) for seeds in lines]
-        found.append(
-            Row(
-                name,
-                first.metric,
-                first.before,
-                tuple(cell.whole for cell in cells),
-                _best(name, key, cells),
-            )
-        )
+        after = tuple(cell.whole for cell in cells)
+        found.append(Row(name, first.metric, first.before, after, _best(name, key, cells)))
     return found
 
 

@@ -43,7 +43,9 @@ def is_main() -> bool:
 
 def barrier() -> None:
     if is_initialized():
-        torch_dist.barrier()
+        # NCCL would guess the device from the global rank, and print that it does.
+        on_gpus = "nccl" in torch_dist.get_backend()
+        torch_dist.barrier(device_ids=[int(os.environ["LOCAL_RANK"])] if on_gpus else None)
 
 
 def sums(values: Sequence[float], device: torch.device) -> list[float]:

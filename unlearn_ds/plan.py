@@ -19,7 +19,8 @@ from unlearn_ds.presets import PRESETS
 from unlearn_ds.sizing import GIB, Machine
 
 WHEN = {
-    "always": "", "step": "in a step", "update": "in an update", "checkpoint": "saving", "evaluation": "evaluating",
+    "always": "", "step": "in a step", "loss": "in the loss", "backward": "in backward", "update": "in an update",
+    "checkpoint": "saving", "evaluation": "evaluating",
 }  # fmt: skip
 
 

@@ -22,8 +22,10 @@ def loss(lines: list[dict[str, Any]], path: Path) -> None:
     for (left, right), ((term, rows), group) in zip(axes, groups.items(), strict=True):
         names = [line["implementation"] for line in group]
         colors = [OURS if name == "unlearn_ds" else THEIRS for name in names]
+        seconds = [line["seconds"] for line in group]
+        in_ms = max(seconds) < 1
         for axis, values, unit in (
-            (left, [line["seconds"] for line in group], "s"),
+            (left, [1000 * value if in_ms else value for value in seconds], "ms" if in_ms else "s"),
             (right, [line["extra_bytes"] / 2**30 for line in group], "GiB"),
         ):
             bars = axis.barh(names, values, color=colors)

@@ -20,7 +20,8 @@ USABLE = 0.92
 
 class Line(NamedTuple):
     """One use of memory of a rank. where: "device", "host" or "disk". when: "always", during the "step" (forward and
-    backward), the "update" of the weights, a "checkpoint", or "evaluation" where a whole copy fits."""
+    backward) and of it only in the "loss" or in the "backward" of a layer, the "update" of the weights, a "checkpoint",
+    or "evaluation" where a whole copy fits."""
 
     what: str
     num_bytes: int
@@ -37,8 +38,9 @@ class Plan(NamedTuple):
         return sum(line.num_bytes for line in self.lines if (line.where, line.when) == (where, when))
 
     def peak(self, where: str = "device") -> int:
-        """Bytes at the fullest moment of a step: what always lies there, and the fuller of its two halves."""
-        return self.sum(where, "always") + max(self.sum(where, "step"), self.sum(where, "update"))
+        """Bytes at the fullest moment of a step: what always lies there, and the fullest of loss, backward, update."""
+        training = self.sum(where, "step") + max(self.sum(where, "loss"), self.sum(where, "backward"))
+        return self.sum(where, "always") + max(training, self.sum(where, "update"))
 
     def of(self, what: str) -> int:
         """Bytes of the lines whose name begins with ``what``."""
@@ -127,12 +129,13 @@ def bytes_of_layer(shape: Shape, bytes_per_weight: int) -> int:
 def _step(shape: Shape, setup: Setup) -> list[Line]:
     width, tokens = setup.bytes_per_weight, setup.num_tokens
     layer, hidden = bytes_of_layer(shape, width) * tokens, shape.hidden_size * tokens
-    kept = shape.num_layers * hidden * width + layer if setup.checkpointing else shape.num_layers * layer
-    # Gradients of a layer's widest parts exist beside what it keeps.
-    kept += (3 * shape.intermediate_size + 2 * shape.hidden_size) * tokens * width
+    kept = shape.num_layers * (hidden * width if setup.checkpointing else layer)
     lines = [Line("activations", kept, when="step")]
+    # What is recomputed of a layer comes after the loss, and so do gradients of its widest parts.
+    working = layer * setup.checkpointing + (3 * shape.intermediate_size + 2 * shape.hidden_size) * tokens * width
+    lines.append(Line("activations of one layer", working, when="backward"))
     head = shape.head * (width + 4 * setup.mixed) * (not setup.num_adapter)
-    lines.append(Line("loss workspace", setup.workspace_bytes + 4 * hidden, when="step"))
+    lines.append(Line("loss workspace", setup.workspace_bytes + 4 * hidden, when="loss"))
     lines.append(Line("gradient of the LM head", head, when="step"))
     if setup.stage == 3 and setup.world_size > 1:
         # Prefetched ones among them: they are there long before their module, up to ``max_live``.
