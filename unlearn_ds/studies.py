@@ -8,12 +8,13 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from unlearn_ds import arguments
-from unlearn_ds.config import RunConfig, UsageError, fingerprint
+from unlearn_ds.config import RunConfig, UsageError, fingerprint, replace
+from unlearn_ds.exit_codes import FINISHED
 from unlearn_ds.presets import PRESETS
 from unlearn_ds.registry import check_name
 
@@ -148,20 +149,33 @@ def plan(name: str, flags: Mapping[str, Any], folder: Path, seeds: int = 1) -> d
     return planned
 
 
-def state(run: RunConfig) -> str:
+CHOSEN = (
+    "engine.ds_config", "model.activation_checkpointing", "optim.batch_size", "optim.gradient_accumulation_steps",
+    "engine.reference", "optim.retain_batch_size",
+)  # fmt: skip
+"""Knobs that a run chooses by its machine where they are not given (``choose``, which needs torch)."""
+
+
+def state(run: RunConfig, given: Collection[str] = ()) -> str:
     """What the output folder of a variant holds: "new" (no step yet), "unfinished", "finished", or "other" (another
-    run, or this one with other data)."""
+    run, or this one with other data). given: knobs that the user or the study sets.
+
+    Knobs that are not given may differ from the default: the machine of that run, which need not be this one, chose.
+    """
     folder = Path(run.output_dir or "")
     if not any((folder / name).exists() for name in ("metrics.jsonl", "evaluation.json", "checkpoints", "model")):
         return "new"
     settings = _read(folder / "config.json")
-    if not {"fingerprint", "engine"} <= settings.keys():
+    if not {"fingerprint", "engine", "model", "optim"} <= settings.keys():
         return "other"
-    # What auto stood for on the machine of that run, which need not be this one.
-    run = arguments.for_machine(run, settings["engine"]["ds_config"] == "zero3")
-    if settings["fingerprint"] != fingerprint(run):
+    taken = {knob: _value(run, knob) for knob in CHOSEN if knob in given and _value(run, knob) != "auto"}
+    for knob in CHOSEN:
+        section, name = knob.split(".")
+        taken.setdefault(knob, settings[section][name])
+    if settings["fingerprint"] != fingerprint(replace(run, **taken)):
         return "other"
-    return "finished" if _read(folder / "evaluation.json").get("after") else "unfinished"
+    stop = _read(folder / "evaluation.json").get("stop") or {}
+    return "finished" if stop.get("exit_code") == FINISHED else "unfinished"
 
 
 def help_text() -> str:

@@ -11,6 +11,7 @@ import torch
 from unlearn_ds import (
     build,
     checkpoint,
+    dist,
     doctor,
     ds_json,
     embedded,
@@ -121,6 +122,13 @@ def report_data(config: RunConfig, data: ScenarioData, encoder: Encoder, folder:
     warning = sources.form_warning(data.forget["train"], data.normal["train"])
     if warning:
         log.say(f"warning     {warning}")
+    drawn = config.optim.max_steps * config.optim.batch_size * config.optim.gradient_accumulation_steps
+    drawn, asked = drawn * dist.world_size(), len(data.unlearned(config.eval.num_unlearned))
+    if config.eval.enabled and drawn < asked:
+        log.say(
+            f"warning     {drawn} of the {asked} prompts that are evaluated as unlearned are trained on: more "
+            "--max_steps, or fewer --eval.num_unlearned"
+        )
 
 
 def say_results(folder: Path, evaluation: dict[str, Any]) -> None:

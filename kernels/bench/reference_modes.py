@@ -25,6 +25,7 @@ import tempfile
 import time
 
 import torch
+from tqdm import tqdm
 
 WARM_UP = 2
 MODES = ("resident", "offload", "nvme", "cached", "adapter")
@@ -59,22 +60,29 @@ def main() -> None:
 
 def compare(options: argparse.Namespace) -> None:
     """Run every mode and print one table."""
-    lines, wanted = [], options.modes.split(",")
-    print(
-        f"{'mode':<10}{'trained':>10}{'parameters':>14}{'peak GiB':>10}{'s/step':>9}{'s before':>10}  largest KL diff"
-    )
-    for rank in (0, options.rank):
-        resident = None
-        for mode in (m for m in MODES if m in wanted and (rank or m != "adapter")):
+    wanted = options.modes.split(",")
+    runs = [
+        (mode, rank) for rank in (0, options.rank) for mode in MODES if mode in wanted and (rank or mode != "adapter")
+    ]
+    lines, resident = [], {}
+    with tqdm(runs, unit="run", leave=False) as progress:
+        progress.write(
+            f"{'mode':<10}{'trained':>10}{'parameters':>14}{'peak GiB':>10}{'s/step':>9}{'s before':>10}  "
+            "largest KL diff"
+        )
+        for mode, rank in progress:
+            trained = f"LoRA {rank}" if rank else "full"
+            progress.set_description(f"{mode}, {trained}")
             result = alone(options, mode, rank)
             if "error" in result:
-                print(f"{mode:<10}{'LoRA' if rank else 'full':>10}  {result['error']}", flush=True)
+                progress.write(f"{mode:<10}{trained:>10}  {result['error']}")
                 continue
-            resident = result["kl"] if mode == "resident" else resident
-            pairs = zip(result["kl"], resident or (), strict=resident is not None)
+            if mode == "resident":
+                resident[rank] = result["kl"]
+            pairs = zip(result["kl"], resident.get(rank, ()), strict=rank in resident)
             result["largest_kl_difference"] = max((abs(a - b) for a, b in pairs), default=None)
             lines.append(result)
-            print(row(result), flush=True)
+            progress.write(row(result))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
     print(f"median of {options.steps - WARM_UP} steps after {WARM_UP}; torch {torch.__version__}, {device}, "
           f"{options.forget} forget rows, K={options.num_mismatch}, {options.ds_config}"

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from unlearn_ds import comparison, report, studies
+from unlearn_ds import comparison, report, run_folder, studies
 
 LABELS = ("ours", "published", "published-our-rate")
 
@@ -233,14 +233,21 @@ def test_means_within_a_standard_deviation_share_the_first_place(repeated):
     assert found.after[0] == "3±3.5 %" and found.best == (True, False, True)
 
 
-def test_a_number_that_only_some_seeds_have_is_the_mean_of_those(repeated):
-    del repeated[0].repeats[1]["after"]["unlearned"]["rate"]
-    assert row(repeated, "unlearned", "hallucinated answers").after[0] == "2.5±2.1 %"
+def test_a_seed_that_diverged_leaves_no_mean_and_is_never_the_best(folder, repeated):
+    path = folder / f"{LABELS[0]}-seed-2" / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    evaluation["after"]["normal"]["perplexity"] = math.inf
+    run_folder.write_json(path, evaluation)
+    again = comparison.read(folder, [*LABELS, *(f"{label}-seed-{seed}" for seed in (1, 2) for label in LABELS)])
+    found = row(again, "normal", "perplexity")
+    assert found.after[0] == "diverged" and not found.best[0]
+    assert "diverged" not in row(repeated, "normal", "perplexity").after
 
 
-def test_a_seed_that_diverged_leaves_a_mean_without_a_spread(repeated):
-    repeated[1].repeats[2]["after"]["normal"]["perplexity"] = math.inf
-    assert row(repeated, "normal", "perplexity").after[1] == report.number(math.inf)
+def test_seeds_that_start_from_models_of_their_own_have_a_mean_before_too(repeated):
+    assert "±" not in row(repeated, "unlearned", "hallucinated answers").before
+    repeated[0].repeats[1]["before"]["unlearned"]["rate"] += 0.03
+    assert "±" in row(repeated, "unlearned", "hallucinated answers").before
 
 
 def test_the_terminal_table_of_several_seeds_fits_80_columns(repeated, capsys, monkeypatch):

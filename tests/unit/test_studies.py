@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from unlearn_ds import arguments, studies
+from unlearn_ds import arguments, choose, studies
 from unlearn_ds.checks import check
 from unlearn_ds.config import UsageError, fingerprint, replace, to_dict
 from unlearn_ds.presets import PRESETS
@@ -71,7 +71,7 @@ def test_terms_of_the_variants_are_those_that_the_paper_compares(scenario):
     assert [term.loss for term in kl] == ["ce", "ce", "kl"] and [term.loss for term in ce] == ["ce"] * 3
     assert [term._replace(loss="") for term in kl] == [term._replace(loss="") for term in ce]
     bound, free = (terms(run)[0].bound for run in runs("bound", scenario=scenario).values())
-    assert bound == 3.0 and free == float("inf")
+    assert bound == PRESETS[scenario]["smollm2-135m"]["objective.forget_bound"] and free == float("inf")
 
 
 def test_the_reply_is_the_papers_or_the_users():
@@ -161,13 +161,15 @@ def variant(tmp_path):
     return runs("mismatch", tmp_path)["ascent-alone"]
 
 
-def leave(run, ds_config="zero3", after=None):
+def leave(run, ds_config="zero3", after=None, exit_code=None, **chosen):
     folder = Path(run.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    resolved = replace(run, **{"engine.ds_config": ds_config})
+    resolved = replace(run, **{"engine.ds_config": ds_config, **chosen})
     settings = {**to_dict(resolved), "fingerprint": fingerprint(resolved), "world_size": 1}
     (folder / "config.json").write_text(json.dumps(settings))
-    (folder / "evaluation.json").write_text(json.dumps({"before": {"step": 0}, "after": after}))
+    (folder / "evaluation.json").write_text(json.dumps({
+        "before": {"step": 0}, "after": after, "stop": None if exit_code is None else {"exit_code": exit_code},
+    }))  # fmt: skip
 
 
 def test_a_folder_without_a_step_is_new(variant):
@@ -181,14 +183,33 @@ def test_a_folder_without_a_step_is_new(variant):
 def test_a_run_is_known_again_whatever_auto_stood_for_where_it_ran(variant, ds_config):
     leave(variant, ds_config)
     assert studies.state(variant) == "unfinished"
-    leave(variant, ds_config, after={"step": 40})
+    leave(variant, ds_config, after={"step": 40}, exit_code=0)
     assert studies.state(variant) == "finished"
+
+
+@pytest.mark.parametrize("exit_code", [None, 75, 3])
+def test_a_run_that_was_ended_after_its_last_evaluation_is_not_finished(variant, exit_code):
+    """It goes back to its best state, evaluates that one too and exports it: until then nothing is to be compared."""
+    leave(variant, after={"step": 40}, exit_code=exit_code)
+    assert studies.state(variant) == "unfinished"
+
+
+def test_a_run_is_known_again_whatever_its_machine_chose_but_not_with_another_flag(variant):
+    chosen = {"optim.batch_size": 2, "optim.retain_batch_size": 2, "engine.reference": "resident"}
+    leave(variant, "zero2", after={"step": 40}, exit_code=0, **chosen)
+    assert studies.state(variant) == "finished"
+    assert studies.state(variant, {"optim.batch_size"}) == "other"
+    assert studies.state(replace(variant, **{"optim.batch_size": 2}), {"optim.batch_size"}) == "finished"
+
+
+def test_what_a_study_lets_the_machine_choose_is_what_is_chosen():
+    assert set(studies.CHOSEN) == {*choose.FLAGS, "optim.retain_batch_size"}
 
 
 def test_a_run_with_other_settings_or_none_of_ours_is_not_taken_for_this_one(variant):
     leave(variant, after={"step": 40})
     assert studies.state(replace(variant, seed=1)) == "other"
-    assert studies.state(replace(variant, **{"engine.ds_config": "zero2"})) == "other"
+    assert studies.state(replace(variant, **{"engine.ds_config": "zero2"}), {"engine.ds_config"}) == "other"
     (Path(variant.output_dir) / "config.json").write_text('{"model_type": "llama"}')
     assert studies.state(variant) == "other"
 

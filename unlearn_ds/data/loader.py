@@ -13,7 +13,7 @@ import numpy as np
 
 from unlearn_ds.config import UsageError
 from unlearn_ds.data.packing import Placed, pack
-from unlearn_ds.types import EncodedRow, PackedBatch, Term
+from unlearn_ds.types import EncodedRow, PackedBatch, Row, Term
 
 _FORGET, _RETAIN, _MISMATCH = 1, 2, 3
 
@@ -134,7 +134,16 @@ class Loader:
 
     @functools.lru_cache(maxsize=8)  # noqa: B019 - a loader lives as long as its run
     def _permutation(self, stream: int, size: int, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, stream, epoch]).permutation(size)
+        return _permutation(self.seed, stream, size, epoch)
+
+
+def first_pass(forget: Sequence[Row], seed: int) -> list[Row]:
+    """Rows to forget in the order in which a run first trains on them: a short run never comes to the last."""
+    return [forget[i] for i in _permutation(seed, _FORGET, len(forget), epoch=0)]
+
+
+def _permutation(seed: int, stream: int, size: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, stream, epoch]).permutation(size)
 
 
 def _deal(units: list, num_parts: int) -> list[list]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from sentencex import segment
 
 from unlearn_ds.config import UsageError
-from unlearn_ds.data.sources import Source, content_key
+from unlearn_ds.data.sources import DUPLICATE, Source, content_key
 from unlearn_ds.types import Row
 
 CLOSING = "\"')]}_*\u2019\u201d\u00bb\u203a"
@@ -49,8 +49,10 @@ def read(name: str, prompt_characters: int, answer_characters: int) -> Source:
                 "Divide paragraphs by empty lines."
             )
         for index, row in enumerate(cut(text, prompt_characters, answer_characters)):
-            if row.key in seen:
-                source.reject(index, "duplicate", row.prompt)
+            if not row.prompt or not row.answer:
+                source.reject(index, "no space between words", row.prompt or row.answer)
+            elif row.key in seen:
+                source.reject(index, DUPLICATE, row.prompt)
             else:
                 seen.add(row.key)
                 source.rows.append(row)
@@ -90,6 +92,7 @@ def cut(text: str, prompt_characters: int, answer_characters: int) -> Iterator[R
 def _piece(piece: str, prompt_characters: int) -> Row:
     border = piece.rfind(" ", 0, prompt_characters + 1)
     border = border if border > 0 else piece.find(" ", prompt_characters)
+    border = border if border > 0 else len(piece)  # not a single space: no attempt can be made of it
     prompt, answer = piece[:border], piece[border + 1 :]
     return Row(prompt, answer, (), content_key(prompt, answer), continues=True)
 

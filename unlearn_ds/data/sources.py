@@ -187,7 +187,7 @@ def _unusable(row: Row, is_running_text: bool, seen: set[str]) -> str | None:
         return "empty answer"
     if "\ufffd" in row.prompt + row.answer:
         return "bad encoding"
-    return "duplicate" if row.key in seen else None
+    return DUPLICATE if row.key in seen else None
 
 
 def _text(value: Any) -> str:
@@ -310,10 +310,15 @@ def form_warning(forget: Sequence[Row], retain: Sequence[Row]) -> str | None:
     )
 
 
+DUPLICATE = "duplicate"
+"""Why a row is left out that is there already: nothing is wrong with it."""
+
+
 def check_rejected(sources: Iterable[Source], largest_share: float) -> None:
-    """Raise ``UsageError`` when a source lost more than ``largest_share`` of its rows."""
+    """Raise ``UsageError`` when more than ``largest_share`` of a source's rows cannot be used; duplicates can."""
     for source in sources:
-        share = len(source.rejected) / max(1, len(source.rejected) + len(source.rows))
+        unusable = sum(entry["reason"] != DUPLICATE for entry in source.rejected)
+        share = unusable / max(1, len(source.rejected) + len(source.rows))
         if share > largest_share or not source.rows:
             raise UsageError(
                 f"{source.describe()}. {share:.0%} of the rows are unusable, more than --data.max_rejected "

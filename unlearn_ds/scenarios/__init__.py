@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from unlearn_ds.config import SELF, RunConfig, UsageError, weighted
 from unlearn_ds.data import pieces, sources
 from unlearn_ds.data.encode import Encoder
+from unlearn_ds.data.loader import first_pass
 from unlearn_ds.data.sources import Source
 from unlearn_ds.types import Calibration, Row
 
@@ -44,6 +45,7 @@ class ScenarioData:
     run teaches: those to unlearn and the unseen ones, so that unlearning has something to generalise to.
     retain: training rows of each retain source with its weight; normal["train"] is their mix. self_weight: weight of
     the original model's own answers (None: each counts once); uses_self: whether they are asked for.
+    drawn: the training rows of forget in the order in which the run comes to them.
     calibration: what the judge may set itself by. extra: further sets of an evaluation by name. kindred: rows whose
     prompts have the form of the forget prompts and are never evaluated.
     """
@@ -57,9 +59,17 @@ class ScenarioData:
     retain: list[tuple[list[Row], float | None]] = field(default_factory=list)
     uses_self: bool = False
     self_weight: float | None = None
+    drawn: list[Row] = field(default_factory=list)
     calibration: Calibration = Calibration(())
     extra: dict[str, list[Row]] = field(default_factory=dict)
     kindred: list[Row] = field(default_factory=list)
+
+    def unlearned(self, count: int) -> list[Row]:
+        """The first ``count`` rows that the run trains on to forget them, one of each prompt: what evaluation asks."""
+        by_prompt: dict[str, Row] = {}
+        for row in self.drawn:
+            by_prompt.setdefault(row.prompt, row)
+        return list(by_prompt.values())[:count]
 
     def add_own_answers(self, rows: list[Row]) -> None:
         """Take the original model's answers into the retain mix."""
@@ -114,8 +124,8 @@ def load_rows(config: RunConfig, encoder: Encoder, forget_default: str, retain_d
         encoder.keep_encodable(source)
         if data.limit:
             del source.rows[data.limit :]
-    divided = sources.split(forget.rows)
-    sides = [sources.split(source.rows) for source, _ in kept]
+    divided = _apart(sources.split(forget.rows))
+    sides = [_apart(sources.split(source.rows)) for source, _ in kept]
     retain = [(side["train"], weight) for side, (_, weight) in zip(sides, kept, strict=True)]
     normal = {side: sources.interleave([part[side] for part in sides]) for side in ("validation", "test")}
     normal["train"] = sources.mix(retain)
@@ -130,7 +140,16 @@ def load_rows(config: RunConfig, encoder: Encoder, forget_default: str, retain_d
         retain=retain,
         uses_self=any(name == SELF for name, _ in named),
         self_weight=next((weight for name, weight in named if name == SELF), None),
+        drawn=first_pass(divided["train"], config.seed),
     )
+
+
+def _apart(divided: dict[str, list[Row]]) -> dict[str, list[Row]]:
+    """The division without held-out rows whose prompt is trained on: rows are divided by content, and some data answers
+    a prompt several times."""
+    trained = {row.prompt for row in divided["train"] if not row.continues}
+    held_out = {side: [row for row in divided[side] if row.prompt not in trained] for side in ("validation", "test")}
+    return {**divided, **held_out}
 
 
 def _read(config: RunConfig, name: str, kind: str, columns: tuple[str, ...]) -> Source:
@@ -152,7 +171,8 @@ def _check_sides(divided: dict[str, list[Row]], normal: dict[str, list[Row]], re
 def _mismatch_answers(config: RunConfig, normal: list[Row], forget: Source, given: Source | None) -> list[str]:
     if config.data.mismatch_text:
         return [config.data.mismatch_text]
-    rows = given.rows if given else normal
+    # Of given answers too: those of the held-out side may be what evaluation asks about.
+    rows = (sources.split(given.rows)["train"] or given.rows) if given else normal
     prose = sum(row.is_prose for row in forget.rows) > len(forget.rows) / 2
     rows = [row for row in rows if row.is_prose == prose] or rows
     return list(dict.fromkeys(answer for row in rows for answer in (row.answer, *row.right_answers) if answer))

@@ -6,7 +6,7 @@ no longer answers them as it did, has forgotten too much.
 
 from __future__ import annotations
 
-from unlearn_ds.config import RunConfig
+from unlearn_ds.config import RunConfig, UsageError
 from unlearn_ds.data import sources
 from unlearn_ds.data.encode import Encoder
 from unlearn_ds.scenarios import SAMPLE, Scenario, ScenarioData, load_rows
@@ -26,6 +26,11 @@ def load(config: RunConfig, encoder: Encoder) -> ScenarioData:
     harmless = ours["test"]
     if config.data.harmless_data:
         harmless = [Row(prompt, "") for prompt in sources.prompts(config.data.harmless_data)]
+        if not harmless:
+            raise UsageError(
+                f"--harmless_data: {config.data.harmless_data} has no prompt to ask: of labelled ones (column label) "
+                "those called safe are taken."
+            )
     # Evenly over the file: XSTest is ordered by kind.
     data.extra["harmless"] = harmless[:: max(1, len(harmless) // config.eval.num_harmless)][: config.eval.num_harmless]
     data.calibration = _labelled(data, config.eval.num_unlearned)
@@ -38,12 +43,14 @@ def _labelled(data: ScenarioData, num_unlearned: int) -> Calibration:
     Only rows that are neither evaluated nor, for the unrelated answers, trained on: mismatch rows pair forget prompts
     with training answers, and a judge must not have learned that those are harmless.
     """
-    rows = data.forget["validation"] + data.forget["train"][num_unlearned:]
+    asked = {row.prompt for row in data.unlearned(num_unlearned)}
+    rows = data.forget["validation"] + [row for row in data.drawn if row.prompt not in asked]
     others = data.normal["validation"]
     found = [(row.answer, row.prompt, True) for row in rows]
     safe = [(answer, row.prompt, False) for row in rows for answer in row.right_answers]
-    if safe and others:
-        found += safe + [(others[n % len(others)].answer, row.prompt, False) for n, row in enumerate(rows)]
+    if safe:
+        found += safe
+        found += [(others[n % len(others)].answer, row.prompt, False) for n, row in enumerate(rows) if others]
     return Calibration(*zip(*found, strict=True)) if found else Calibration(())
 
 

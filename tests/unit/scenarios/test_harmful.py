@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from unlearn_ds import arguments
+from unlearn_ds import arguments, build
+from unlearn_ds.config import UsageError
 from unlearn_ds.data.encode import Encoder
 from unlearn_ds.model import load_tokenizer
 from unlearn_ds.scenarios.harmful import load
@@ -42,12 +43,46 @@ def test_unsafe_answers_are_forgotten_and_safe_ones_are_what_is_right(tmp_path, 
 
 def test_the_judge_learns_from_rows_that_are_not_evaluated_and_no_training_answer_is_called_harmless(tmp_path, encoder):
     data = load(config(tmp_path, **{"eval.num_unlearned": 10}), encoder)
-    evaluated = {row.prompt for row in (*data.forget["test"], *data.forget["train"][:10])}
+    evaluated = {row.prompt for row in (*data.forget["test"], *data.unlearned(10))}
     labelled = list(zip(*data.calibration, strict=True))
     assert len(evaluated) > 10 and not evaluated & {prompt for _, prompt, _ in labelled}
     assert not {row.answer for row in data.normal["train"]} & {answer for answer, _, _ in labelled}
     assert all(answer.startswith("unsafe") == harmful for answer, _, harmful in labelled)
     assert {answer.split()[0] for answer, _, harmful in labelled if not harmful} == {"safe", "answer"}
+
+
+def test_prompts_with_several_answers_are_on_one_side_and_asked_once(tmp_path, encoder):
+    """PKU-SafeRLHF and BeaverTails answer most prompts several times."""
+    rows = [
+        {"prompt": f"request {n}", "response_0": f"unsafe {n} {k}", "response_1": f"safe {n} {k}",
+         "is_response_0_safe": False, "is_response_1_safe": True}
+        for n in range(120) for k in range(1 + 3 * (n % 2))
+    ]  # fmt: skip
+    flags = {"forget_data": write(tmp_path / "several.jsonl", rows), "eval.num_unlearned": 20}
+    data = load(config(tmp_path, **flags), encoder)
+    trained, unseen = ({row.prompt for row in data.forget[side]} for side in ("train", "test"))
+    assert unseen and not trained & unseen
+    asked = [row.prompt for row in data.unlearned(20)]
+    assert len(set(asked)) == len(asked) == 20
+    assert data.calibration.prompts and not {*asked, *unseen} & {*data.calibration.prompts}
+
+
+def test_what_is_evaluated_as_unlearned_is_what_a_run_trains_on_first(tmp_path, encoder):
+    run = config(tmp_path, seed=3, batch_size=4)
+    data = load(run, encoder)
+    loader = build.loader(run, encoder, data, data.forget["train"])
+    forget = next(n for n, term in enumerate(loader.terms) if term.name == "forget")
+    units = [unit for step in range(3) for part in loader.global_batch(step) for unit in part]
+    trained = [row for unit in units for n, row in unit if n == forget]
+    assert len(trained) == 12 and {row.key for row in trained} == {
+        row.key for row in encoder.encode_all(data.unlearned(12))
+    }
+
+
+def test_a_file_of_harmless_prompts_without_any_is_an_error(tmp_path, encoder):
+    asked = write(tmp_path / "xs.jsonl", [{"prompt": "b", "label": "unsafe"}])
+    with pytest.raises(UsageError, match="no prompt to ask"):
+        load(config(tmp_path, harmless_data=asked), encoder)
 
 
 def test_harmless_prompts_are_ours_or_the_safe_ones_of_a_file(tmp_path, encoder):
