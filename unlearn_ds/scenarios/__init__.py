@@ -129,6 +129,9 @@ def load_rows(config: RunConfig, encoder: Encoder, forget_default: str, retain_d
     retain = [(side["train"], weight) for side, (_, weight) in zip(sides, kept, strict=True)]
     normal = {side: sources.interleave([part[side] for part in sides]) for side in ("validation", "test")}
     normal["train"] = sources.mix(retain)
+    if given:  # the same file may be the retain data, whose held-out answers are evaluated
+        held_out = {row.key for side in ("validation", "test") for row in normal[side]}
+        given.rows = [row for row in given.rows if row.key not in held_out]
     _check_sides(divided, normal, read)
     return ScenarioData(
         forget=divided,
@@ -171,8 +174,7 @@ def _check_sides(divided: dict[str, list[Row]], normal: dict[str, list[Row]], re
 def _mismatch_answers(config: RunConfig, normal: list[Row], forget: Source, given: Source | None) -> list[str]:
     if config.data.mismatch_text:
         return [config.data.mismatch_text]
-    # Of given answers too: those of the held-out side may be what evaluation asks about.
-    rows = (sources.split(given.rows)["train"] or given.rows) if given else normal
+    rows = given.rows if given else normal
     prose = sum(row.is_prose for row in forget.rows) > len(forget.rows) / 2
     rows = [row for row in rows if row.is_prose == prose] or rows
     return list(dict.fromkeys(answer for row in rows for answer in (row.answer, *row.right_answers) if answer))

@@ -36,6 +36,13 @@ def test_a_prompt_fills_its_characters_to_the_last_whole_word(characters):
         assert len(row.prompt) + 1 + len(row.answer) >= characters + 100
 
 
+def test_a_piece_without_a_space_is_rejected(tmp_path):
+    (tmp_path / "a.txt").write_text(f"{'x' * 450}.\n\n{story(40)}")
+    source = read(str(tmp_path / "a.txt"), 200, 200)
+    assert [entry["reason"] for entry in source.rejected] == ["no space between words"]
+    assert len(source.rows) > 2 and all(row.prompt and row.answer for row in source.rows)
+
+
 def test_no_piece_crosses_a_heading_or_an_ornament():
     text = f"{story(30, 1)}\n\nChapter 2: The Mill\n\n{story(30, 2)}\n\n***\n\n{story(30, 3)}"
     assert len(passages(text)) == 3

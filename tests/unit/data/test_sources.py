@@ -346,6 +346,13 @@ def test_the_share_of_rejected_rows_may_reach_the_threshold_and_not_pass_it():
         check_rejected([source_with(9, 1), source_with(8, 2)], 0.1)
 
 
+def test_duplicates_are_no_unusable_rows(tmp_path):
+    rows = [{"prompt": f"q{n // 3}", "response": f"a{n // 3}"} for n in range(30)]
+    source = read(write(tmp_path / "thrice.jsonl", rows), "retain")
+    assert len(source.rows) == 10 and len(source.rejected) == 20
+    check_rejected([source], 0.0)
+
+
 def test_a_source_without_any_usable_row_is_refused_whatever_the_threshold():
     with pytest.raises(UsageError):
         check_rejected([source_with(0, 3)], 1.0)

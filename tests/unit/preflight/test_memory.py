@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from unlearn_ds import machine
 from unlearn_ds.preflight import memory
 
 
@@ -65,3 +66,13 @@ def test_locked_memory_matters_where_something_is_pinned(clean, subject, tmp_pat
 def test_host_memory_is_what_is_available_within_the_control_group():
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     assert 0 < memory.host_bytes() <= int(lines["MemTotal"].split()[0]) * 1024
+    assert 0 < memory.host_bytes(free=True) < memory.host_bytes()
+
+
+@pytest.mark.parametrize(
+    ("cached", "held"), [("inactive_file 300", 700), ("total_inactive_file 200\ninactive_file 1", 800)]
+)
+def test_a_control_group_holds_what_it_uses_without_cached_files(tmp_path, cached, held):
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.stat").write_text(f"anon 5\n{cached}\n")
+    assert machine._held(tmp_path, "memory.current") == held

@@ -60,6 +60,14 @@ def test_one_fixed_text_or_a_file_replaces_the_mismatch_answers(tmp_path, encode
     assert given.mismatch_answers == ["other 0", "other 1", "other 2"]
 
 
+def test_held_out_answers_are_no_mismatch_answers_where_both_come_from_one_file(tmp_path, encoder):
+    retain = [{"prompt": f"question {n}", "response": f"answer {n}"} for n in range(40)]
+    path = write(tmp_path / "retain.jsonl", retain)
+    data = load(config(tmp_path, forget_rows(), retain, mismatch_data=path), encoder)
+    held_out = {row.answer for side in ("validation", "test") for row in data.normal[side]}
+    assert held_out and data.mismatch_answers and not held_out & set(data.mismatch_answers)
+
+
 def test_sides_are_divided_and_the_unseen_are_memorised_but_never_unlearned(tmp_path, encoder):
     data = load(config(tmp_path, forget_rows(), truthful_rows()), encoder)
     prompts = {side: {row.prompt for row in rows} for side, rows in data.forget.items()}
