@@ -150,12 +150,14 @@ _EMBEDDED = {
     # Pieces are three times as long as questions with answers, so there are fewer in a step.
     "copyright": {
         **_SMOLLM2,
-        "memorize.epochs": 4,
+        "memorize.epochs": 5,
         "memorize.batch_size": 8,
-        "objective.eps_forget": 1.5,
+        "memorize.learning_rate": 5e-4,
+        "memorize.eps_retain": 0.1,
+        "objective.eps_forget": 2.0,
         "objective.eps_retain": 5.0,
-        "objective.forget_bound": 2.5,
-        "optim.learning_rate": 2e-4,
+        "optim.learning_rate": 1.5e-4,
+        "optim.max_steps": 60,
         "optim.batch_size": 4,
         "optim.retain_batch_size": 4,
     },
