@@ -43,24 +43,20 @@ class Block(NamedTuple):
     stop: int
 
 
-def cut_into_blocks(num_rows: int, first_kl: int, bytes_ce: int, bytes_kl: int, workspace_bytes: int) -> list[Block]:
-    """Cut the rows so that a block fits the workspace: a KL row needs the outputs of the reference too."""
-    blocks, start = [], 0
-    while start < num_rows:
-        num_ce = max(0, min(first_kl - start, max(MIN_ROWS, workspace_bytes // bytes_ce)))
-        border = start + num_ce
-        room = (workspace_bytes - num_ce * bytes_ce) // bytes_kl
-        num_kl = 0 if border < first_kl else min(num_rows - border, room if num_ce else max(MIN_ROWS, room))
-        blocks.append(Block(start, border, border + max(0, num_kl)))
-        start = blocks[-1].stop
-    return blocks
+def cut_into_blocks(num_rows: int, first_kl: int, size: int) -> list[Block]:
+    """Cut the rows into blocks of ``size``; a block may hold rows of both kinds."""
+    starts = range(0, num_rows, size)
+    ends = [min(start + size, num_rows) for start in starts]
+    return [Block(start, min(max(first_kl, start), end), end) for start, end in zip(starts, ends, strict=True)]
 
 
 class Plan(NamedTuple):
     """How rows go through the workspace.
 
-    over: gradients lie over the outputs they come from, where the kernel or equal types allow it. Otherwise (bf16 in
-    the torch kernel) outputs are made in chunks, and only gradients wait for the products with a block.
+    over: gradients lie over the outputs they come from, where the kernel or equal types allow it; KL rows then go in
+    chunks, so that outputs of the reference, which are of no use later, take a quarter of the workspace at most.
+    Otherwise (bf16 in the torch kernel) all outputs are made in chunks, and only gradients wait for the products with a
+    block.
     """
 
     blocks: list[Block]
@@ -72,14 +68,17 @@ class Plan(NamedTuple):
         over = in_place or hidden_NH.dtype == wide_type(hidden_NH)
         if over:
             width = wide_type(hidden_NH).itemsize * vocab
-            return cls(cut_into_blocks(num_rows, first_kl, width, 2 * width, limit), True, max(1, num_rows))
+            chunk = min(num_rows - first_kl, max(MIN_ROWS, limit // 4 // width))
+            size = max(MIN_ROWS, limit // width - chunk)
+            return cls(cut_into_blocks(num_rows, first_kl, size), True, chunk)
         chunk = chunk_rows(hidden_NH, vocab, limit // 4)  # of the policy and of the reference
         width = hidden_NH.dtype.itemsize * vocab
-        return cls(cut_into_blocks(num_rows, first_kl, width, width, limit // 2), False, chunk)
+        return cls(cut_into_blocks(num_rows, first_kl, max(MIN_ROWS, limit // 2 // width)), False, chunk)
 
     def parts(self, block: Block) -> list[tuple[slice, bool]]:
         """(rows, whether they are KL rows) of what goes through a row kernel together."""
         found = []
         for start, stop, is_kl in ((block.start, block.border, False), (block.border, block.stop, True)):
-            found += [(slice(a, min(a + self.chunk, stop)), is_kl) for a in range(start, stop, self.chunk)]
+            size = self.chunk if is_kl or not self.over else stop - start
+            found += [(slice(a, min(a + size, stop)), is_kl) for a in range(start, stop, max(1, size))]
         return found

@@ -43,15 +43,30 @@ def test_the_workspace_follows_device_and_precision_unless_it_is_given():
     assert workspace.num_bytes(7, "cuda", True) == 7 * 2**20
 
 
-@pytest.mark.parametrize("num_rows", [0, 1, 7, 40])
+@pytest.mark.parametrize("num_ce", [0, 1, 7, 40])
 @pytest.mark.parametrize("num_kl", [0, 1, 7, 40])
-@pytest.mark.parametrize("limit", [1, 100, 1000, 10**6])
-def test_blocks_cover_all_rows_in_order_within_the_workspace(num_rows, num_kl, limit):
-    first_kl, total = num_rows, num_rows + num_kl
-    blocks = workspace.cut_into_blocks(total, first_kl, 10, 25, limit)
-    assert [block.start for block in blocks] == [0, *(block.stop for block in blocks)][: len(blocks)]
-    assert (blocks[-1].stop if blocks else 0) == total
-    for block in blocks:
-        num_ce, kl = block.border - block.start, block.stop - block.border
-        assert num_ce + kl > 0 and block.border == min(max(first_kl, block.start), block.stop)
-        assert 10 * num_ce + 25 * kl <= max(limit, 25 * workspace.MIN_ROWS)
+@pytest.mark.parametrize("limit", [1, 10**4, 10**6])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_blocks_and_chunks_cover_all_rows_in_order_within_the_workspace(num_ce, num_kl, limit, in_place):
+    vocab, total = 300, num_ce + num_kl
+    hidden = torch.zeros(total, 4, dtype=torch.bfloat16)
+    plan = workspace.Plan.of(hidden, vocab, total, num_ce, in_place, limit)
+    assert plan.over is in_place
+    covered = []
+    for block in plan.blocks:
+        assert block.stop - block.start > 0 and block.border == min(max(num_ce, block.start), block.stop)
+        parts = plan.parts(block)
+        assert [is_kl for _, is_kl in parts] == sorted(is_kl for _, is_kl in parts)
+        covered += [(row, is_kl) for rows, is_kl in parts for row in range(rows.start, rows.stop)]
+        # Logits of the block, if gradients lie over them, and of the reference for a part of its KL rows.
+        reference = max((rows.stop - rows.start for rows, is_kl in parts if is_kl), default=0)
+        held = 4 * vocab * (block.stop - block.start + reference)
+        assert not in_place or held <= max(limit, 2 * 4 * vocab * workspace.MIN_ROWS)
+    assert covered == [(row, row >= num_ce) for row in range(total)]
+
+
+def test_kl_rows_that_fit_the_workspace_are_one_block_although_the_references_outputs_would_not():
+    """So that the head's gradient is one product, without a sum in fp32."""
+    rows, vocab = 2048, 128256
+    plan = workspace.Plan.of(torch.zeros(rows, 4, dtype=torch.bfloat16), vocab, rows, 0, True, 1536 * 2**20)
+    assert len(plan.blocks) == 1 and 2 * rows * vocab * 4 > 1536 * 2**20
