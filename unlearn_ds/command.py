@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from unlearn_ds import arguments, checks, ds_json, local_files, ranks
 from unlearn_ds.config import RunConfig, UsageError
-from unlearn_ds.exit_codes import FAILED, FINISHED, USAGE
+from unlearn_ds.exit_codes import FAILED, FINISHED, INTERRUPTED, USAGE
 
 
 def configured(flags: Mapping[str, Any]) -> RunConfig:
@@ -64,6 +65,10 @@ def _exit_code(main: Callable[..., None]) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":  # once for all ranks of a machine
             print(f"error: {error}", file=sys.stderr)
         return USAGE
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a launcher may hand on what the terminal has sent already
+        print("interrupted before anything was to be saved", file=sys.stderr)
+        return INTERRUPTED
     except SystemExit as leaving:
         return int(leaving.code or FINISHED)
     return FINISHED

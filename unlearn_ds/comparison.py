@@ -161,8 +161,10 @@ def print_table(variants: Sequence[Variant]) -> None:
     evaluation = variants[0].evaluation
     table = Table(width=min(80, console.width), box=SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
     table.add_column("", ratio=1, overflow="fold", min_width=18)
+    # With three variants there is room for a mean and its spread in one line.
+    widest = 12 if len(variants) <= 3 else 10
     for title in ("before", *(spoken(variant.label) for variant in variants)):
-        table.add_column(escape(title), justify="right", overflow="fold", max_width=10)
+        table.add_column(escape(title), justify="right", overflow="fold", max_width=widest)
     for name, group in itertools.groupby(rows(variants), key=lambda row: row.set):
         table.add_section()
         table.add_row(f"[bold]{escape(report.heading(evaluation, name))}[/]")

@@ -6,6 +6,8 @@ FAILED = 1
 USAGE = 2
 """Bad usage, configuration or data."""
 DIVERGED = 3
+INTERRUPTED = 130
+"""By Ctrl-C before there was anything to save."""
 STOPPED = 75
 """On a signal, after saving: run again with ``--resume auto``."""
 LOST = 76

@@ -172,4 +172,6 @@ class StopSignal:
         if time.monotonic() - self._first > self.PATIENCE:
             signal.signal(number, self._before[number])
             signal.raise_signal(number)
+        if not self.asked and is_main():
+            print("\nsignal      noted: the state is saved after this step; again in 5 s to end at once", flush=True)
         self.asked, self._first = True, min(self._first, time.monotonic())

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from unlearn_ds import build, checkpoint, dist, engine, log, matrices, ops, run_folder
-from unlearn_ds.config import RunConfig
+from unlearn_ds.config import RunConfig, UsageError
 from unlearn_ds.cost import flops
 from unlearn_ds.data.loader import Loader
 from unlearn_ds.evaluate import Answers, Evaluator
@@ -60,7 +60,10 @@ class Run:
     def begin(self, state: dict[str, Any] | None) -> None:
         """Evaluate before the first step, or take up state and record of the run that is being resumed."""
         if state is None:
-            self.stopping.after_evaluation(self.evaluate(0, "before"))
+            result = self.evaluate(0, "before")
+            for warning in doubts(result, self.config):
+                log.say(f"warning     {warning}")
+            self.stopping.after_evaluation(result)
         else:
             log.say(f"resume      after step {state['step']}")
             self.stopping.restore(state["stopping"])
@@ -82,7 +85,7 @@ class Run:
                 if due(step - 1, config.eval.every) and (fired := self.consider(self.evaluate(step - 1), metrics)):
                     return Outcome(step - 1, fired.reason, FINISHED, fired.rule)
                 self.profiler.begin_step(self.folder, total - state["step"])
-                line, signalled = self.step(step, self.stop.asked)
+                line, signalled = self.step(step)
                 row = self.profiler.end_step(line)
                 metrics.write(run_folder.finite(line))
                 if self.profiler.detailed:
@@ -111,6 +114,8 @@ class Run:
                 if leaving:
                     hint = "; go on with --resume auto" if saved else ""
                     return Outcome(step, f"a signal asked to stop{hint}", STOPPED)
+        if total and state["skipped_in_a_row"] >= total:
+            return Outcome(total, "no step was finite, and none was applied", DIVERGED)
         return Outcome(total, self.stopping.after_last_step(), FINISHED, "max_steps")
 
     def consider(self, result: dict[str, Any], metrics: log.MetricsLog | None = None) -> Stop | None:
@@ -140,7 +145,7 @@ class Run:
             self.evaluate(best, "after")
         return outcome._replace(reason=f"{outcome.reason}; {reason}")
 
-    def step(self, step: int, stop_asked: bool) -> tuple[dict[str, Any], bool]:
+    def step(self, step: int) -> tuple[dict[str, Any], bool]:
         """One optimizer step; returns its line of metrics.jsonl and whether a rank was asked to stop."""
         began, device, phase = time.perf_counter(), self.policy.model.device, self.profiler.clock.phase
         taken: list[tuple[torch.Tensor, PackedBatch]] = []
@@ -164,7 +169,7 @@ class Run:
         for loss_N, batch in taken:  # only now: each look at a value waits for the device
             values += term_values(loss_N, batch, self.loader.terms)
         *values, tokens, response_tokens, model_flops, hardware_flops, stopping = dist.sums(
-            [*values.tolist(), *counts.tolist(), stop_asked], device
+            [*values.tolist(), *counts.tolist(), self.stop.asked], device
         )
         seconds = time.perf_counter() - began
         speed = model_flops / dist.world_size() / seconds
@@ -257,6 +262,24 @@ def flat(result: dict[str, Any]) -> dict[str, float]:
     """The numbers of an evaluation under the names set/measure."""
     sets = {key: value for key, value in result.items() if isinstance(value, dict)}
     return {f"{group}/{key}": value for group, values in sets.items() for key, value in values.items()}
+
+
+def doubts(before: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """What an evaluation before the first step says against the run; ``UsageError`` where the model is broken."""
+    if not before:
+        return []
+    likelihood, rate = before["unlearned"].get("nll"), before["unlearned"]["rate"]
+    if not math.isfinite(likelihood or 0.0) or not math.isfinite(before["neutral"].get("perplexity") or 0.0):
+        raise UsageError("--model: its likelihoods are not finite before the first step, so its weights hold NaN.")
+    found, objective = [], config.objective
+    if not rate:
+        found.append("no prompt shows the behaviour before the first step: there is nothing to be seen going away")
+    if likelihood and 0 < objective.forget_bound <= likelihood and objective.eps_forget > 0:
+        found.append(
+            f"answers to forget have a NLL of {likelihood:.1f} a token before the first step, above --forget_bound "
+            f"{objective.forget_bound:g}: most are never pushed; raise it (0: no bound)"
+        )
+    return found
 
 
 def idle_step(line: Mapping[str, Any], forget_bound: float) -> str | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from sentencex import segment
 
 from unlearn_ds import dist, embedded, generate, log
-from unlearn_ds.config import RunConfig
+from unlearn_ds.config import RunConfig, UsageError
 from unlearn_ds.data import pieces, sources
 from unlearn_ds.data.encode import Encoder
 from unlearn_ds.engine import Policy
@@ -47,6 +47,11 @@ def make(config: RunConfig, policy: Policy, encoder: Encoder, data: ScenarioData
             partial.replace(file)
     whole = [text if row.continues else _ended(text, encoder, config) for row, text in zip(asked, texts, strict=True)]
     answered = [(row, text) for row, text in zip(asked, whole, strict=True) if text]
+    if not answered:
+        raise UsageError(
+            "--retain_data self: no answer of the model itself had a whole sentence within --data.self_tokens "
+            f"{config.data.self_tokens}: raise it, or leave self out."
+        )
     log.say(f"self        {len(answered)} answers of the model itself to {len(asked)} prompts")
     return [
         Row(row.prompt, text, (), sources.content_key(row.prompt, text), continues=row.continues)

@@ -111,14 +111,22 @@ def unlearn(config: RunConfig, device: torch.device) -> int:
 
 def report_data(config: RunConfig, data: ScenarioData, encoder: Encoder, folder: Path) -> None:
     """Log what was read, write down what was rejected, and stop when that is too much."""
+    if config.preset:
+        log.say(f"preset      {config.preset}")
     for source in data.sources:
-        log.say(f"data        {source.describe()}")
+        log.say(f"data        {source.use}: {source.describe()}")
     run_folder.main_only(sources.write_rejected, data.sources, folder / "rejected.jsonl")
     sources.check_rejected(data.sources, config.data.max_rejected)
     log.say(
         f"rows        {len(data.forget['train'])} to unlearn, {len(data.forget['validation'])} for validation, "
         f"{len(data.forget['test'])} unseen, {len(data.normal['train'])} to retain; template: {encoder.template}"
     )
+    both = {row.key for side in data.forget.values() for row in side}
+    both &= {row.key for side in data.normal.values() for row in side}
+    if both:
+        log.say(
+            f"warning     {len(both)} rows are to be forgotten and to be retained: leave them out of one of the two"
+        )
     warning = sources.form_warning(data.forget["train"], data.normal["train"])
     if warning:
         log.say(f"warning     {warning}")

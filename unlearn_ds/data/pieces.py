@@ -56,6 +56,11 @@ def read(name: str, prompt_characters: int, answer_characters: int) -> Source:
             else:
                 seen.add(row.key)
                 source.rows.append(row)
+    if not source.rows:
+        raise UsageError(
+            f"{name} gives no piece of {prompt_characters} + {answer_characters} characters in whole sentences: give "
+            "more text, or lower --data.prompt_characters and --data.answer_characters."
+        )
     return source
 
 

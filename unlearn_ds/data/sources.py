@@ -124,12 +124,13 @@ SCHEMAS: tuple[Schema, ...] = (
 
 @dataclass
 class Source:
-    """What was read: usable rows, rejected ones with reasons, and the name of the schema."""
+    """What was read: usable rows, rejected ones with reasons, the name of the schema, and what the rows are for."""
 
     name: str
     schema: str
     rows: list[Row] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
+    use: str = ""
 
     def reject(self, index: int, reason: str, prompt: Any) -> None:
         self.rejected.append({"source": self.name, "row": index, "reason": reason, "prompt": str(prompt)[:200]})
@@ -204,6 +205,11 @@ def _records(name: str) -> datasets.Dataset:
     try:
         if looks_like_file(name):
             path = Path(name).expanduser()
+            if path.is_dir():
+                raise UsageError(
+                    f"{name} is a folder: its txt files are read as pieces with --data.as_pieces true, as the "
+                    "copyright scenario does by itself."
+                )
             if not path.stat().st_size:
                 raise UsageError(f"{name} is empty.")
             reader = _READERS[path.suffix.lower()]
@@ -220,6 +226,8 @@ def _records(name: str) -> datasets.Dataset:
         cause = error.__cause__ or error
         hint = "" if looks_like_file(name) else f" A local file ends in {', '.join(DATA_SUFFIXES)}."
         reason = str(cause).partition("\n")[0][:300]
+        if "corresponds to no data" in reason:
+            raise UsageError(f"{name} has a header and no rows.") from error
         raise UsageError(f"cannot read {name}: {type(cause).__name__}: {reason}.{hint}") from error
 
 

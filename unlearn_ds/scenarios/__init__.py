@@ -121,6 +121,7 @@ def load_rows(config: RunConfig, encoder: Encoder, forget_default: str, retain_d
         given = _read(config, data.mismatch_data, "retain", data.mismatch_columns)
         read.append(given)
     for source in read:
+        source.use = "forget" if source is forget else "mismatch" if source is given else "retain"
         encoder.keep_encodable(source)
         if data.limit:
             del source.rows[data.limit :]
