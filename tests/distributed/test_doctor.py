@@ -56,4 +56,4 @@ def test_the_network_is_measured_up_to_the_largest_size(told):
         num_bytes = float(row[0]) * {"KiB": 2**10, "MiB": 2**20}[row[1]]
         seconds, bus = float(row[2]) / 1e3, float(row[5]) * 1e9
         if seconds > 0.001:  # two ranks move the whole size over each link
-            assert bus == pytest.approx(num_bytes / seconds, rel=0.05)
+            assert bus == pytest.approx(num_bytes / seconds, rel=0.05, abs=5e5)  # three decimals of GB/s
