@@ -173,5 +173,6 @@ class StopSignal:
             signal.signal(number, self._before[number])
             signal.raise_signal(number)
         if not self.asked and is_main():
-            print("\nsignal      noted: the state is saved after this step; again in 5 s to end at once", flush=True)
+            # Not print: the signal may have come in the middle of one, which a buffered stream answers with an error.
+            os.write(1, b"\nsignal      noted: the state is saved after this step; again in 5 s to end at once\n")
         self.asked, self._first = True, min(self._first, time.monotonic())

@@ -54,7 +54,6 @@ def main(
 def measure(config: RunConfig, num_steps: int) -> tuple[dict[str, Any], Actor]:
     """Take ``num_steps`` optimizer steps as a run would, and return their figures (medians over the steps after the
     first ones) and the model's sizes."""
-    engine.start(config.engine)
     free = machine.host_bytes(free=True)
     run = build_run(config, num_steps)
     with Heartbeat(config.engine.heartbeat_seconds):
