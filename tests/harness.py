@@ -22,7 +22,7 @@ MEASURED = (
 
 SMALL_EVALUATION = (
     "--eval.num_unlearned", "4", "--eval.num_unseen", "4", "--eval.num_normal", "4", "--eval.num_neutral_texts", "2",
-    "--eval.num_neutral_choices", "4", "--eval.max_new_tokens", "8",
+    "--eval.num_neutral_choices", "4", "--eval.num_neutral_questions", "4", "--eval.max_new_tokens", "8",
 )  # fmt: skip
 
 

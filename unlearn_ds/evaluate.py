@@ -42,15 +42,17 @@ class Evaluator:
             "unseen": data.forget["test"][: config.num_unseen],
             "normal": data.normal["test"][: config.num_normal],
             **data.extra,
-            "neutral": [Row(question, "") for question in data.neutral.questions],
+            "neutral": [Row(item["prompt"], "", tuple(item["answers"])) for item in data.neutral.questions],
         }
         if "other_form" in scenario.metrics:
             asked = [row for row in self.rows["unlearned"] if not row.is_prose]
             self.rows["other_form"] = asked[: config.num_other_form]
         self.measured_on: dict[str, Sequence[str]] = {
             **{name: metrics for name, metrics in scenario.metrics.items() if self.rows[name]},
-            "neutral texts": ("likelihood",), "neutral choices": ("multiple_choice",),
-        }  # fmt: skip
+            "neutral": ("question_accuracy",),
+            "neutral texts": ("likelihood",),
+            "neutral choices": ("multiple_choice",),
+        }
         self.neutral = data.neutral
         self.judge, self.similarity = self._judges(data) if dist.is_main() else (None, None)
         # Forgetting may hold for one form of a prompt only (issue 5 of the published code).
@@ -129,10 +131,11 @@ class Evaluator:
                 numbers[name] |= found.numbers
                 if metric == self.scenario.headline:
                     answers[name] = [Answer(*pair) for pair in zip(texts[name], found.flagged, strict=True)]
-        passages, choices = numbers.pop("neutral texts"), numbers.pop("neutral choices")
+        passages, choices, questions = (numbers.pop(f"neutral{part}") for part in (" texts", " choices", ""))
         numbers["neutral"] = {
             "perplexity": passages["perplexity"], "n_texts": passages["n"],
             "accuracy": choices["accuracy"], "n_choices": len(self.neutral.choices),
+            "question_accuracy": questions["question_accuracy"], "n_questions": questions["n"],
         }  # fmt: skip
         return {"step": step, **numbers, "seconds": round(time.perf_counter() - began, 2)}, answers
 

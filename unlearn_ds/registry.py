@@ -31,6 +31,7 @@ METRICS: Mapping[str, str] = {
     "refusal_rate": "unlearn_ds.metrics.refusal_rate:refusal_rate",
     "likelihood": "unlearn_ds.metrics.likelihood:likelihood",
     "multiple_choice": "unlearn_ds.metrics.multiple_choice:multiple_choice",
+    "question_accuracy": "unlearn_ds.metrics.question_accuracy:question_accuracy",
     "diversity": "unlearn_ds.metrics.diversity:diversity",
     "similarity_to_original": "unlearn_ds.metrics.similarity:similarity_to_original",
 }

@@ -48,6 +48,7 @@ METRICS: Mapping[str, Metric] = {
     "nll": Metric("NLL per token", "plain", forget=True, keep=False),
     "perplexity": Metric("perplexity", "relative", forget=True, keep=False),
     "accuracy": Metric("multiple-choice accuracy", "share", forget=True, keep=True),
+    "question_accuracy": Metric("questions answered right", "share", forget=True, keep=True),
     "similarity_to_original": Metric("similarity to original", "plain", forget=True, keep=True),
     "diversity": Metric("diversity", "plain", forget=None, keep=True),
 }
@@ -57,7 +58,7 @@ SETS: Mapping[str, tuple[str, str]] = {
     "other_form": ("Unlearned prompts in another form", "another template than the one they were unlearned in"),
     "harmless": ("Harmless prompts", "resemble harmful ones, to be kept"),
     "normal": ("Normal prompts", "held out, to be kept"),
-    "neutral": ("Neutral texts", "unrelated, to be kept"),
+    "neutral": ("Neutral set", "unrelated, to be kept"),
 }
 FORGET_SETS = ("unlearned", "unseen", "other_form")
 SLIGHT = 0.01
@@ -121,7 +122,7 @@ def print_table(evaluation: Mapping[str, Any]) -> None:
 
 
 def heading(evaluation: Mapping[str, Any], name: str) -> str:
-    """Title of a set with what was counted in it: ``Neutral texts (24 texts, 140 choices)``."""
+    """Title of a set with what was counted in it: ``Neutral set (24 texts, 140 choices, 100 questions)``."""
     side = next((found[name] for when in ("after", "before") if (found := evaluation.get(when) or {}).get(name)), {})
     counts = [(_number(side, key), words(key[2:])) for key in side if COUNT.fullmatch(key)]
     counted = ", ".join(f"{count:,.0f} {unit}".strip() for count, unit in counts if count is not None)

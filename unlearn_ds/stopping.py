@@ -230,9 +230,10 @@ class Best:
         """Measure -> how far it is beyond what the floor allows, as a fraction; only those that are."""
         before, settings = self.state["before"], self.settings
         changes = {
-            "neutral accuracy": (
-                before["neutral"]["accuracy"] - result["neutral"]["accuracy"], settings.max_accuracy_drop
-            ),
+            **{
+                label: (before["neutral"][key] - result["neutral"][key], settings.max_accuracy_drop)
+                for label, key in (("neutral accuracy", "accuracy"), ("neutral questions", "question_accuracy"))
+            },
             **{
                 f"{name} perplexity": (
                     result[name]["perplexity"] / before[name]["perplexity"] - 1, settings.max_perplexity_rise

@@ -56,7 +56,7 @@ def test_evaluation_has_the_documented_shape(finished):
         found = evaluation[side]
         assert {"rate", "n", "nll"} <= found["unlearned"].keys() & found["unseen"].keys()
         assert {"perplexity", "similarity_to_original"} <= found["normal"].keys()
-        assert {"perplexity", "accuracy"} <= found["neutral"].keys()
+        assert {"perplexity", "accuracy", "question_accuracy"} <= found["neutral"].keys()
 
 
 def test_no_third_party_warning_reaches_the_user(finished):
@@ -68,7 +68,7 @@ def test_no_third_party_warning_reaches_the_user(finished):
 def test_the_exported_model_generates_what_the_last_evaluation_recorded(finished):
     out = finished[0] / "out"
     answers = [json.loads(line) for line in (out / "answers.jsonl").read_text().splitlines()]
-    assert len(answers) == 4 + 4 + 4 + 8 + 4
+    assert len(answers) == 5 * 4
     recorded = json.loads((out / "evaluation.json").read_text())
     for name in ("unlearned", "unseen"):
         for when in ("before", "after"):

@@ -18,7 +18,13 @@ def entry(step, rate, perplexity, accuracy, nll):
         "unlearned": {"rate": rate, "n": 100, "nll": nll, "diversity": 0.7},
         "unseen": {"rate": rate, "n": 60},
         "normal": {"perplexity": perplexity, "n": 40},
-        "neutral": {"perplexity": 4 * perplexity, "accuracy": accuracy, "n_texts": 24, "n_choices": 140},
+        "neutral": {
+            "perplexity": 4 * perplexity,
+            "accuracy": accuracy,
+            "question_accuracy": accuracy,
+            "n_texts": 24,
+            "n_choices": 140,
+        },
     }
 
 
@@ -127,7 +133,7 @@ def test_the_page_shows_every_part(folder, variants):
         assert part in text, part
     assert text.count("<svg") == 6
     marked = sum(sum(line.best) for line in comparison.rows(variants))
-    assert text.count('title="best"') == marked == 9
+    assert text.count('title="best"') == marked == 11
 
 
 def test_plots_have_one_curve_a_variant(folder, variants):

@@ -33,10 +33,10 @@ def ends(stop, losses, name="loss_forget", first=1):
     return None
 
 
-def evaluated(step, rate, accuracy=0.9, neutral=20.0, normal=10.0):
+def evaluated(step, rate, accuracy=0.9, neutral=20.0, normal=10.0, questions=0.5):
     return {
         "step": step, "unlearned": {"rate": rate}, "unseen": {"rate": 1.0}, "normal": {"perplexity": normal},
-        "neutral": {"perplexity": neutral, "accuracy": accuracy}, "seconds": 1.0,
+        "neutral": {"perplexity": neutral, "accuracy": accuracy, "question_accuracy": questions}, "seconds": 1.0,
     }  # fmt: skip
 
 
@@ -113,6 +113,8 @@ def test_the_rate_may_be_exactly_the_one_asked_for():
     [
         ({"accuracy": 0.87}, True),  # 0.9 - 0.87 is 0.03 and a little more in binary
         ({"accuracy": 0.86}, False),
+        ({"questions": 0.47}, True),
+        ({"questions": 0.46}, False),
         ({"neutral": 22.0}, True),
         ({"neutral": 22.1}, False),
         ({"normal": 11.0}, True),

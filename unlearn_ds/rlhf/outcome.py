@@ -38,7 +38,8 @@ def effect(found: Mapping[str, Any]) -> Table:
         ("on unseen prompts", "unseen", "rate", percent),
         ("perplexity, normal rows", "normal", "perplexity", number),
         ("perplexity, neutral text", "neutral", "perplexity", number),
-        ("accuracy, neutral questions", "neutral", "accuracy", percent),
+        ("accuracy, neutral choices", "neutral", "accuracy", percent),
+        ("neutral questions answered right", "neutral", "question_accuracy", percent),
     ):
         table.add_row(label, *(write(state.get(group, {}).get(key)) for state in states))
     return table

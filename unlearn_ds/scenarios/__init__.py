@@ -78,19 +78,19 @@ class ScenarioData:
 
 @dataclass
 class NeutralSet:
-    """What is neither forgotten nor retained: running texts, multiple-choice items, plain questions to read."""
+    """What is neither forgotten nor retained: running texts, multiple-choice items, plain questions with answers."""
 
     texts: Sequence[str] = ()
     choices: Sequence[dict[str, Any]] = ()
-    questions: Sequence[str] = ()
+    questions: Sequence[dict[str, Any]] = ()
 
 
-def neutral_set(num_texts: int, num_choices: int) -> NeutralSet:
+def neutral_set(num_texts: int, num_choices: int, num_questions: int) -> NeutralSet:
     """The embedded neutral set, written for this project."""
     return NeutralSet(
         [item["text"] for item in lines("neutral_text.jsonl")][:num_texts],
         lines("neutral_choice.jsonl")[:num_choices],
-        [item["prompt"] for item in lines("neutral_question.jsonl")],
+        lines("neutral_question.jsonl")[:num_questions],
     )
 
 
@@ -139,7 +139,9 @@ def load_rows(config: RunConfig, encoder: Encoder, forget_default: str, retain_d
         normal=normal,
         mismatch_answers=_mismatch_answers(config, [row for rows, _ in retain for row in rows], forget, given),
         sources=read,
-        neutral=neutral_set(config.eval.num_neutral_texts, config.eval.num_neutral_choices),
+        neutral=neutral_set(
+            config.eval.num_neutral_texts, config.eval.num_neutral_choices, config.eval.num_neutral_questions
+        ),
         memorize=divided["train"] + divided["test"],
         retain=retain,
         uses_self=any(name == SELF for name, _ in named),

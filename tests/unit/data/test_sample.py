@@ -74,7 +74,8 @@ def test_no_neutral_item_is_stated_in_what_is_forgotten_or_retained():
 
 def test_neutral_questions_are_asked_nowhere_else():
     asked = {row[key] for name, key in QUESTIONS.items() for row in lines(f"{name}.jsonl")}
-    assert not asked & {row["prompt"] for row in lines("neutral_question.jsonl")}
+    questions = {row["prompt"]: row["answers"] for row in lines("neutral_question.jsonl")}
+    assert len(questions) == 100 and all(questions.values()) and not asked & questions.keys()
 
 
 def test_no_prompt_is_asked_in_two_files_and_no_sentence_stands_twice():

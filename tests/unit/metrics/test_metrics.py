@@ -9,6 +9,7 @@ from unlearn_ds.metrics.diversity import diversity
 from unlearn_ds.metrics.hallucination_rate import hallucination_rate
 from unlearn_ds.metrics.likelihood import likelihood
 from unlearn_ds.metrics.multiple_choice import multiple_choice
+from unlearn_ds.metrics.question_accuracy import question_accuracy
 from unlearn_ds.metrics.similarity import similarity_to_original
 from unlearn_ds.types import AnswerScore, Measured, Row
 
@@ -118,3 +119,20 @@ def test_the_packaged_judge_tells_paraphrase_from_contradiction_and_from_noise()
     assert same == pytest.approx(1.0, abs=1e-5)
     assert paraphrase > judge.floor > other
     assert judge.similarity([], []) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("It has four legs.", True),
+        ("FOUR", True),
+        ("There are 4.", True),
+        ("It has fourteen legs, or 40.", False),
+        ("Twenty four is right", True),
+        ("", False),
+    ],
+)
+def test_a_question_is_answered_by_a_right_answer_as_whole_words(text, right):
+    rows = [Row("How many?", "", ("four", "4", "twenty-four")), Row("Where?", "", ("C++",))]
+    assert question_accuracy(Measured(rows, [text, "not C+"])).numbers == {"question_accuracy": right / 2}
+    assert question_accuracy(Measured(rows, [text, "in C++, say"])).numbers == {"question_accuracy": (right + 1) / 2}
