@@ -34,6 +34,9 @@ from unlearn_ds.profiler import Profiler
 from unlearn_ds.registry import SCENARIOS, resolve
 from unlearn_ds.scenarios import ScenarioData
 
+FEW = 10
+"""Rows of a set below which a share moves in steps of more than 10 points."""
+
 
 def train(config: RunConfig, problems: Sequence[str] = ()) -> int:
     """Join the other ranks and run. Returns the exit code. problems: what ``doctor.before_run`` has found here."""
@@ -136,6 +139,12 @@ def report_data(config: RunConfig, data: ScenarioData, encoder: Encoder, folder:
         log.say(
             f"warning     {drawn} of the {asked} prompts that are evaluated as unlearned are trained on: more "
             "--max_steps, or fewer --eval.num_unlearned"
+        )
+    unseen, normal = len(data.forget["test"]), len(data.normal["test"])
+    if config.eval.enabled and min(unseen, normal) < FEW:
+        log.say(
+            f"warning     only {unseen} unseen prompts and {normal} held-out normal rows are left to be evaluated: "
+            "numbers of so few say little"
         )
 
 

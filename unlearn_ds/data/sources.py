@@ -225,10 +225,24 @@ def _records(name: str) -> datasets.Dataset:
     except Exception as error:
         cause = error.__cause__ or error
         hint = "" if looks_like_file(name) else f" A local file ends in {', '.join(DATA_SUFFIXES)}."
-        reason = str(cause).partition("\n")[0][:300]
+        reason = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0][:300]}"
         if "corresponds to no data" in reason:
             raise UsageError(f"{name} has a header and no rows.") from error
-        raise UsageError(f"cannot read {name}: {type(cause).__name__}: {reason}.{hint}") from error
+        if looks_like_file(name) and name.endswith(".jsonl"):
+            reason = _broken_line(Path(name).expanduser()) or reason
+        raise UsageError(f"cannot read {name}: {reason}.{hint}") from error
+
+
+def _broken_line(path: Path) -> str | None:
+    """The first line of a jsonl file that is no JSON object; the reader does not name it."""
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    return f"line {number} is no JSON object"
+            except json.JSONDecodeError as error:
+                return f"line {number} is no JSON: {error.msg} at character {error.colno}"
+    return None
 
 
 def _text_columns(path: Path) -> datasets.Features:

@@ -205,6 +205,18 @@ def test_broken_json_is_refused_with_the_file_in_the_message(tmp_path):
         read(str(tmp_path / "data.jsonl"), "forget")
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [('{"prompt": "a", "response" "b"}', "line 3 is no JSON: .* at character 28"), ("[1]", "line 3 is")],
+)
+def test_the_line_of_a_jsonl_file_that_is_broken_is_named(tmp_path, line, said):
+    path = tmp_path / "data.jsonl"
+    good = '{"prompt": "a", "response": "b"}'
+    path.write_text(f"{good}\n\n{line}\n{good}\n")
+    with pytest.raises(UsageError, match=rf"cannot read .*data\.jsonl: {said}"):
+        read(str(path), "forget")
+
+
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"cannot read .*nowhere\.csv"):
         read(str(tmp_path / "nowhere.csv"), "forget")
