@@ -166,7 +166,7 @@ class EvalConfig:
     num_harmless: int = knob(40, "harmless prompts evaluated for over-refusal")
     num_other_form: int = knob(20, "unlearned prompts also asked without the template of the run; 0: none")
     num_neutral_choices: int = knob(140, "neutral multiple-choice items, told by likelihood")
-    num_neutral_questions: int = knob(100, "neutral questions to be answered")
+    num_neutral_questions: int = knob(89, "neutral questions to be answered")
     num_neutral_texts: int = knob(24, "neutral running texts")
     max_new_tokens: int = knob(32, "length of generated answers")
     batch_size: int = knob(40, "prompts generated together")
@@ -181,7 +181,11 @@ class StopConfig:
     patience_steps: int = knob(3, "forget_loss: steps in a row above the value that make a jump")
     extra: float = knob(3.0, "forget_loss: go on for this many times the steps until the jump")
     window: int = knob(5, "kl: steps whose mean retain KL counts")
-    max_accuracy_drop: float = knob(0.03, "utility floor: each neutral accuracy at most this far below before")
+    max_accuracy_drop: float = knob(0.03, "utility floor: accuracy on neutral choices at most this far below before")
+    max_question_drop: float = knob(
+        0.1, "utility floor: share of neutral questions answered right at most this far below before; it scatters by "
+        "some 0.05 between states that are equally good"
+    )  # fmt: skip
     max_perplexity_rise: float = knob(0.1, "utility floor: neutral and normal perplexity at most this share above")
 
 

@@ -49,6 +49,7 @@ METRICS: Mapping[str, Metric] = {
     "perplexity": Metric("perplexity", "relative", forget=True, keep=False),
     "accuracy": Metric("multiple-choice accuracy", "share", forget=True, keep=True),
     "question_accuracy": Metric("questions answered right", "share", forget=True, keep=True),
+    "questions_kept": Metric("of those right before, still right", "share", forget=True, keep=True),
     "similarity_to_original": Metric("similarity to original", "plain", forget=True, keep=True),
     "diversity": Metric("diversity", "plain", forget=None, keep=True),
 }

@@ -231,8 +231,11 @@ class Best:
         before, settings = self.state["before"], self.settings
         changes = {
             **{
-                label: (before["neutral"][key] - result["neutral"][key], settings.max_accuracy_drop)
-                for label, key in (("neutral accuracy", "accuracy"), ("neutral questions", "question_accuracy"))
+                label: (before["neutral"][key] - result["neutral"][key], allowed)
+                for label, key, allowed in (
+                    ("neutral accuracy", "accuracy", settings.max_accuracy_drop),
+                    ("neutral questions", "question_accuracy", settings.max_question_drop),
+                )
             },
             **{
                 f"{name} perplexity": (

@@ -1,6 +1,7 @@
 """Whole runs of the harmful and the copyright scenario on a tiny model: what is measured, warned and left out."""
 
 import json
+import re
 
 import pytest
 from harness import SMALL_EVALUATION, ds_config, run
@@ -58,6 +59,8 @@ def test_a_text_is_memorised_unless_the_model_recites_it_and_forms_are_compared(
     first = run(tmp_path / "cache", *flags, "--output_dir", tmp_path / "a")
     assert first.returncode == 0, first.stdout
     assert "warning     rows to forget are mostly running text" in first.stdout
+    few = re.search(r"warning     only (\d+) unseen prompts and (\d+) held-out normal rows", first.stdout)
+    assert few and 0 < min(map(int, few.groups())) < 10
     assert "memorize    " in first.stdout and "not needed" not in first.stdout
     measured = evaluation(tmp_path / "a")
     assert {"rate", "bleu", "longest_run"} <= set(measured["after"]["unlearned"]) and "BLEU" in measured["judge"]

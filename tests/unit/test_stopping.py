@@ -113,8 +113,8 @@ def test_the_rate_may_be_exactly_the_one_asked_for():
     [
         ({"accuracy": 0.87}, True),  # 0.9 - 0.87 is 0.03 and a little more in binary
         ({"accuracy": 0.86}, False),
-        ({"questions": 0.47}, True),
-        ({"questions": 0.46}, False),
+        ({"questions": 0.4}, True),
+        ({"questions": 0.39}, False),
         ({"neutral": 22.0}, True),
         ({"neutral": 22.1}, False),
         ({"normal": 11.0}, True),

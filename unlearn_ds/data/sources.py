@@ -228,7 +228,7 @@ def _records(name: str) -> datasets.Dataset:
         reason = f"{type(cause).__name__}: {str(cause).partition(chr(10))[0][:300]}"
         if "corresponds to no data" in reason:
             raise UsageError(f"{name} has a header and no rows.") from error
-        if looks_like_file(name) and name.endswith(".jsonl"):
+        if looks_like_file(name) and name.lower().endswith(".jsonl") and not isinstance(cause, OSError):
             reason = _broken_line(Path(name).expanduser()) or reason
         raise UsageError(f"cannot read {name}: {reason}.{hint}") from error
 

@@ -1,29 +1,42 @@
 """Accuracy on plain questions by what the model answers.
 
-Likelihoods do not see what unlearning does first: a model that evades every short question may still rank the right
-completion of a sentence highest.
+Likelihoods of choices tell little of it: a model that answers most questions beside the point may still rank the right
+completion of a sentence first.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
-from unlearn_ds.types import Measured, Scored
+from unlearn_ds.types import Measured, Row, Scored
 
 version = 1
 higher_is_better = True
 
 
 def question_accuracy(measured: Measured) -> Scored:
-    """``question_accuracy``: share of answers that contain one of the row's right answers as whole words, in any case
-    (the inclusion match of open-domain question answering); hyphens count as spaces."""
-    right = [
-        any(_contains(text, answer) for answer in row.right_answers)
-        for text, row in zip(measured.texts, measured.rows, strict=True)
-    ]
-    return Scored({"question_accuracy": sum(right) / max(1, len(right))})
+    """``question_accuracy``: share of answers that are right. ``questions_kept``: of the answers that were right before
+    unlearning, the share that still are; NaN where none was.
+
+    Right is an answer that contains one of the row's right answers as whole words, in any case (the inclusion match of
+    open-domain question answering). Hyphens count as spaces; "3.5" and "1,000" do not contain 3, 5 or 1.
+    """
+    now, before = _right(measured.texts, measured.rows), _right(measured.originals, measured.rows)
+    kept = [right for right, was_right in zip(now, before, strict=True) if was_right]
+    return Scored(
+        {
+            "question_accuracy": sum(now) / len(now),
+            "questions_kept": sum(kept) / len(kept) if kept else float("nan"),
+        }
+    )
+
+
+def _right(texts: Sequence[str], rows: Sequence[Row]) -> list[bool]:
+    return [any(_contains(text, answer) for answer in row.right_answers) for text, row in zip(texts, rows, strict=True)]
 
 
 def _contains(text: str, answer: str) -> bool:
     text, answer = (each.replace("-", " ") for each in (text, answer))
-    return re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.IGNORECASE) is not None
+    alone = rf"(?<!\w)(?<!\d[.,]){re.escape(answer)}(?!\w)(?![.,]\d)"
+    return re.search(alone, text, re.IGNORECASE) is not None

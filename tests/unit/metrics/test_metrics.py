@@ -128,11 +128,18 @@ def test_the_packaged_judge_tells_paraphrase_from_contradiction_and_from_noise()
         ("FOUR", True),
         ("There are 4.", True),
         ("It has fourteen legs, or 40.", False),
+        ("It has 4.5 legs, not 1,4.", False),
         ("Twenty four is right", True),
         ("", False),
     ],
 )
 def test_a_question_is_answered_by_a_right_answer_as_whole_words(text, right):
     rows = [Row("How many?", "", ("four", "4", "twenty-four")), Row("Where?", "", ("C++",))]
-    assert question_accuracy(Measured(rows, [text, "not C+"])).numbers == {"question_accuracy": right / 2}
-    assert question_accuracy(Measured(rows, [text, "in C++, say"])).numbers == {"question_accuracy": (right + 1) / 2}
+    for other, share in (("not C+", right / 2), ("in C++, say", (right + 1) / 2)):
+        numbers = question_accuracy(Measured(rows, [text, other], ["4", "no"])).numbers
+        assert numbers == {"question_accuracy": share, "questions_kept": float(right)}
+
+
+def test_nothing_is_kept_where_nothing_was_right():
+    numbers = question_accuracy(Measured([Row("How many?", "", ("4",))], ["4"], ["5"])).numbers
+    assert numbers["question_accuracy"] == 1.0 and math.isnan(numbers["questions_kept"])
