@@ -24,6 +24,7 @@ def entry(step, rate, perplexity, accuracy, nll=0.4):
             "question_accuracy": accuracy,
             "n_texts": 24,
             "n_choices": 140,
+            "n_questions": 89,
             "made_up_metric": step,
         },
         "seconds": 8.0,
@@ -93,7 +94,7 @@ def test_a_complete_run_shows_every_part(folder):
     assert "Unlearning <em>hallucination</em> in Some-Model-7b" in text
     parts = (
         "all 40 steps done", "Memorised first.", "hallucinated answers", "88 %", "1 %", "6 min 40 s", "ga_mismatch",
-        "Unlearned prompts (100)", "Neutral set (24 texts, 140 choices)", "Judge: minilm", "torch 2.11.0",
+        "Unlearned prompts (100)", "Neutral set (24 texts, 140 choices, 89 questions)", "Judge: minilm", "torch 2.11.0",
         "commit 3f2c9a1be77d", "1</b> step skipped", "(empty answer)", "made up metric",
     )  # fmt: skip
     for part in parts:
