@@ -135,8 +135,7 @@ class Evaluator:
         numbers["neutral"] = {
             "perplexity": passages["perplexity"], "n_texts": passages["n"],
             "accuracy": choices["accuracy"], "n_choices": len(self.neutral.choices),
-            "question_accuracy": questions["question_accuracy"], "questions_kept": questions["questions_kept"],
-            "n_questions": questions["n"],
+            **{key: value for key, value in questions.items() if key != "n"}, "n_questions": questions["n"],
         }  # fmt: skip
         return {"step": step, **numbers, "seconds": round(time.perf_counter() - began, 2)}, answers
 

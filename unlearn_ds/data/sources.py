@@ -241,7 +241,7 @@ def _broken_line(path: Path) -> str | None:
                 if line.strip() and not isinstance(json.loads(line), dict):
                     return f"line {number} is no JSON object"
             except json.JSONDecodeError as error:
-                return f"line {number} is no JSON: {error.msg} at character {error.colno}"
+                return f"line {number} is no JSON: {error.msg.removesuffix(' at')} at character {error.colno}"
     return None
 
 

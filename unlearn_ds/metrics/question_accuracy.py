@@ -17,19 +17,15 @@ higher_is_better = True
 
 def question_accuracy(measured: Measured) -> Scored:
     """``question_accuracy``: share of answers that are right. ``questions_kept``: of the answers that were right before
-    unlearning, the share that still are; NaN where none was.
+    unlearning, the share that still are; left out where none was.
 
     Right is an answer that contains one of the row's right answers as whole words, in any case (the inclusion match of
     open-domain question answering). Hyphens count as spaces; "3.5" and "1,000" do not contain 3, 5 or 1.
     """
     now, before = _right(measured.texts, measured.rows), _right(measured.originals, measured.rows)
     kept = [right for right, was_right in zip(now, before, strict=True) if was_right]
-    return Scored(
-        {
-            "question_accuracy": sum(now) / len(now),
-            "questions_kept": sum(kept) / len(kept) if kept else float("nan"),
-        }
-    )
+    numbers = {"question_accuracy": sum(now) / len(now)}
+    return Scored(numbers | {"questions_kept": sum(kept) / len(kept)} if kept else numbers)
 
 
 def _right(texts: Sequence[str], rows: Sequence[Row]) -> list[bool]:
