@@ -61,8 +61,9 @@ def test_evaluation_has_the_documented_shape(finished):
 
 def test_no_third_party_warning_reaches_the_user(finished):
     noise = [line for line in finished[2].splitlines() if "arning" in line or "WARN" in line]
-    # Ours: the tiny model knows none of the answers.
-    assert all(line.startswith("warning     no prompt shows the behaviour") for line in noise)
+    # Ours: the tiny model knows none of the answers, and of 40 rows few are held out.
+    ours = ("warning     no prompt shows the behaviour", "warning     only ")
+    assert all(line.startswith(ours) for line in noise)
 
 
 def test_the_exported_model_generates_what_the_last_evaluation_recorded(finished):
