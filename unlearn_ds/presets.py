@@ -143,11 +143,12 @@ _EMBEDDED = {
         "memorize.epochs": 2,
         "memorize.batch_size": 8,
         "memorize.learning_rate": 5e-4,
-        "objective.eps_mismatch": 1.0,
-        "objective.eps_retain": 4.0,
+        "objective.eps_forget": 0.8,
+        "objective.eps_mismatch": 0.6,
+        "objective.eps_retain": 4.5,
         "optim.learning_rate": 2.2e-4,
         "optim.max_steps": 42,
-        "optim.retain_batch_size": 8,
+        "optim.retain_batch_size": 12,
     },
     # Pieces are three times as long as questions with answers, so there are fewer in a step.
     "copyright": {
