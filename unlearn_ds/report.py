@@ -123,7 +123,7 @@ def print_table(evaluation: Mapping[str, Any]) -> None:
 
 
 def heading(evaluation: Mapping[str, Any], name: str) -> str:
-    """Title of a set with what was counted in it: ``Neutral set (24 texts, 140 choices, 100 questions)``."""
+    """Title of a set with what was counted in it: ``Neutral set (24 texts, 140 choices, 89 questions)``."""
     side = next((found[name] for when in ("after", "before") if (found := evaluation.get(when) or {}).get(name)), {})
     counts = [(_number(side, key), words(key[2:])) for key in side if COUNT.fullmatch(key)]
     counted = ", ".join(f"{count:,.0f} {unit}".strip() for count, unit in counts if count is not None)
