@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unlearn_ds import log, report, run_folder, studies
+from unlearn_ds.drawing import scatter
 
 COLOURS = ("v1", "v2", "v3", "v4", "v5", "v6")
 """CSS variables of the page, one a variant."""
@@ -135,6 +136,21 @@ def _best(name: str, key: str, cells: Sequence[Cell]) -> tuple[bool, ...]:
     return tuple(shares) if sum(shares) < len(there) else (False,) * len(cells)
 
 
+def trade_off(variants: Sequence[Variant], name: str, key: str) -> list[tuple[str, list[float], list[float]]]:
+    """Headline rate on the unlearned prompts (y) against the number ``key`` of a set (x), for a scatter plot: a group a
+    variant with a point a seed, (CSS variable, x, y), and before them all the points they started from. Empty where no
+    variant has the number."""
+    runs = [(variant.evaluation, *variant.repeats.values()) for variant in variants]
+    starts = [("ink", [evaluation["before"] for seeds in runs for evaluation in seeds])]
+    ends = [(COLOURS[n], [evaluation["after"] for evaluation in seeds]) for n, seeds in enumerate(runs)]
+    groups = []
+    for colour, entries in starts + ends:
+        pairs = [(entry.get(name, {}).get(key), entry["unlearned"].get("rate")) for entry in entries]
+        known = dict.fromkeys((x, y) for x, y in pairs if x is not None and y is not None and math.isfinite(x))
+        groups.append((colour, [x for x, _ in known], [y for _, y in known]))
+    return groups if any(x for _, x, _ in groups[1:]) else []
+
+
 def changes(variants: Sequence[Variant]) -> dict[str, list[Any]]:
     """Dotted knob -> its value in each variant, for the knobs that are not the same in all."""
     flat = [dict(_flatten(variant.settings)) for variant in variants]
@@ -214,7 +230,8 @@ def write(folder: Path, study: str, title: str, source: str, variants: Sequence[
         study=study, title=title, source=source, variants=variants, evaluation=evaluation, rows=rows(variants),
         changes=differing, totals=totals, histories=histories if any(len(found) > 2 for found in histories) else [],
         settings=variants[0].settings, sets=report.SETS, missing=report.MISSING, heading=report.heading,
-        column=report.column, plot=report.plot, spoken=spoken, colours=COLOURS, of_seeds=_of_seeds(variants),
+        column=report.column, plot=report.plot, scatter=scatter, trade_off=trade_off, spoken=spoken, colours=COLOURS,
+        of_seeds=_of_seeds(variants),
     )  # fmt: skip
     path = folder / "report.html"
     path.write_text(page, encoding="utf-8")

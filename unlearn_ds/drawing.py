@@ -76,6 +76,30 @@ def plot(curves: Sequence[tuple[str, list[float], list[float]]], share: bool = F
     return _svg([name for name, _, _ in curves], draw, 1.7)
 
 
+def scatter(groups: Sequence[tuple[str, list[float], list[float]]], share: bool) -> str:
+    """Points (CSS variable, x, y) as SVG, a group a colour, of which the first is drawn hollow; y is a share.
+
+    share: x is one too.
+    """
+
+    def draw(axes: Any, inks: Sequence[str]) -> None:
+        _frame(axes, [value for _, _, y in groups for value in y], True, inks[0])
+        largest = max(value for _, x, _ in groups for value in x)
+        if share:
+            axes.set_xlim(-0.03, 1.03)
+            axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
+        elif largest > 100 * min(value for _, x, _ in groups for value in x):
+            axes.set_xscale("log")
+        else:
+            axes.set_xlim(0, 1.08 * largest)
+        axes.xaxis.set_major_formatter(lambda value, _: percent(value) if share else short(number(value)))
+        axes.grid(axis="x", color=inks[0], linewidth=0.8)
+        for n, ((_, x, y), ink) in enumerate(zip(groups, inks[1:], strict=True)):
+            axes.plot(x, y, color=ink, linestyle="", marker="o", markersize=7, fillstyle="full" if n else "none")
+
+    return _svg([name for name, _, _ in groups], draw, 2.7)
+
+
 def _svg(colours: Sequence[str], draw: Callable[[Any, Sequence[str]], None], height: float) -> str:
     """What ``draw`` makes of empty axes as SVG; its inks, that of rules and then ``colours``, are CSS variables."""
     import matplotlib  # here, so that training does not wait for it

@@ -62,8 +62,9 @@ def _published(base: RunConfig) -> Mapping[str, Any]:
     return {**changes, "optim.max_steps": max(1, round(base.optim.max_steps * rows / published_rows))}
 
 
-def _published_with_our_rate(base: RunConfig) -> Mapping[str, Any]:
-    return {**_published(base), "optim.learning_rate": base.optim.learning_rate}
+def _published_at(share: float) -> Changes:
+    """The published settings at a share of our learning rate."""
+    return lambda base: {**_published(base), "optim.learning_rate": share * base.optim.learning_rate}
 
 
 STUDIES: Mapping[str, Study] = {
@@ -99,7 +100,18 @@ STUDIES: Mapping[str, Study] = {
     "published": Study(
         "our settings, and the published ones, for as many tokens",
         "the OPT-1.3B row of the paper's hyper-parameter tables, its code's optimizer, K = 5; answer masks repaired",
-        {"ours": {}, "published": _published, "published-our-rate": _published_with_our_rate},
+        {"ours": {}, "published": _published, "published-our-rate": _published_at(1)},
+    ),
+    "rates": Study(
+        "our settings, and the published ones at shares of our learning rate",
+        "ours: how much each forgets for what it costs; the objective, K and mask repairs of the study 'published'",
+        {
+            "ours": {},
+            "published-eighth": _published_at(1 / 8),
+            "published-quarter": _published_at(1 / 4),
+            "published-half": _published_at(1 / 2),
+            "published-full": _published_at(1),
+        },
     ),
 }
 

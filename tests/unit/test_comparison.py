@@ -131,7 +131,7 @@ def test_the_page_shows_every_part(folder, variants):
     )  # fmt: skip
     for part in parts:
         assert part in text, part
-    assert text.count("<svg") == 6
+    assert text.count("<svg") == 8
     marked = sum(sum(line.best) for line in comparison.rows(variants))
     assert text.count('title="best"') == marked == 11
 
@@ -141,6 +141,27 @@ def test_plots_have_one_curve_a_variant(folder, variants):
     for figure in figures:
         assert {f"var(--{name})" for name in comparison.COLOURS[:3]} <= set(re.findall(r"var\(--v\d\)", figure))
         assert "var(--v4)" not in figure
+
+
+def points(variants, set="neutral", key="question_accuracy"):
+    return {colour: list(zip(x, y, strict=True)) for colour, x, y in comparison.trade_off(variants, set, key)}
+
+
+def test_what_is_forgotten_is_drawn_against_what_it_costs(folder, variants):
+    assert points(variants) == {
+        "ink": [(0.964, 0.66)], "v1": [(0.96, 0.01)], "v2": [(0.9604, 0.62)], "v3": [(0.4, 0.01)],
+    }  # fmt: skip
+    write(folder, variants)
+    for variant in variants:
+        variant.evaluation["after"]["neutral"]["question_accuracy"] = None
+    assert not points(variants)
+    text = write(folder, variants)
+    assert text.count("<svg") == 7 and 'aria-label="neutral questions' not in text.partition("along the way")[0]
+
+
+def test_a_number_that_diverged_leaves_its_point_out(variants):
+    variants[2].evaluation["after"]["neutral"]["perplexity"] = math.inf
+    assert points(variants, key="perplexity")["v3"] == []
 
 
 def test_a_term_that_a_variant_lacks_is_drawn_for_the_others_in_their_colours(folder, variants):
@@ -155,7 +176,7 @@ def test_without_a_history_there_are_no_plots_of_evaluations(folder, variants):
     for variant in variants:
         variant.evaluation["history"] = [variant.evaluation["before"], variant.evaluation["after"]]
     text = write(folder, variants)
-    assert "along the way" not in text and text.count("<svg") == 3
+    assert "along the way" not in text and text.count("<svg") == 5
 
 
 def test_the_page_loads_nothing_and_defines_its_colours(folder, variants):
@@ -230,6 +251,10 @@ def test_several_seeds_give_the_mean_and_the_standard_deviation_and_means_are_co
     assert list(written) == list(LABELS)
     rates = {seed: after["unlearned"]["rate"] for seed, after in written["ours"]["after_with_seed"].items()}
     assert rates == {"0": 0.01, "1": 0.04, "2": 0.04}
+
+
+def test_every_seed_is_a_point_of_its_own(repeated):
+    assert points(repeated, key="perplexity")["v1"] == [(32.8, 0.01), (32.8, 0.04)]
 
 
 def test_means_within_a_standard_deviation_share_the_first_place(repeated):
