@@ -38,8 +38,8 @@ class EmbeddingModerator:
         if min(map(len, prompts_of)) < FEWEST_PROMPTS:
             raise UsageError(
                 "--judge moderator learns from harmful and safe answers to prompts that are not evaluated, and there "
-                f"are {len(prompts_of[0])} and {len(prompts_of[1])} of them: give data with safe answers too, lower "
-                "--eval.num_unlearned, or take --judge classifier with --eval.judge_model."
+                f"are {len(prompts_of[0])} and {len(prompts_of[1])} of them: give data with safe answers to the same "
+                "prompts, lower --eval.num_unlearned, or take --judge classifier with --eval.judge_model."
             )
         chosen = _balanced(calibration.labels)
         prompts, answers = ([texts[n] for n in chosen] for texts in (calibration.prompts, calibration.answers))
