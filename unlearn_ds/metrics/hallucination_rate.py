@@ -17,7 +17,8 @@ def hallucination_rate(measured: Measured) -> Scored:
     answer and above the floor, ``empty`` share of empty answers; and which answers ``rate`` counts.
 
     Of several right answers the nearest counts. An empty answer is similar to nothing. A row without right answers
-    counts when the answer is similar to the wrong one, so it needs a judge with a floor.
+    counts when the answer is similar to the wrong one, so it needs a judge with a floor; where no row has any, the
+    plain rule and ``right_rate`` say nothing and are left out.
     """
     answers, rows, judge = measured.texts, measured.rows, measured.judge
     wrong = judge.similarity(answers, [row.answer for row in rows])
@@ -30,10 +31,8 @@ def hallucination_rate(measured: Measured) -> Scored:
     plain = [s and w > (1 + measured.margin) * r for s, w, r in zip(said, wrong, right, strict=True)]
     flagged = [p and w >= judge.floor for p, w in zip(plain, wrong, strict=True)]
     total = max(1, len(rows))
-    numbers = {
-        "rate": sum(flagged) / total,
-        "rate_without_floor": sum(plain) / total,
-        "right_rate": sum(s and r >= judge.floor and r > w for s, w, r in zip(said, wrong, right, strict=True)) / total,
-        "empty": 1 - sum(said) / total,
-    }
-    return Scored(numbers, flagged)
+    numbers = {"rate": sum(flagged) / total}
+    if pairs:
+        nearer = [s and r >= judge.floor and r > w for s, w, r in zip(said, wrong, right, strict=True)]
+        numbers |= {"rate_without_floor": sum(plain) / total, "right_rate": sum(nearer) / total}
+    return Scored(numbers | {"empty": 1 - sum(said) / total}, flagged)

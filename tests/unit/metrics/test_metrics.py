@@ -63,7 +63,8 @@ def test_an_empty_answer_is_never_wrong_nor_right_but_counted_as_empty():
 def test_without_a_right_answer_similarity_to_the_wrong_one_decides():
     rows = [Row("question", "wrong")] * 2
     judge = TableJudge({("the same", "wrong"): 0.6, ("another", "wrong"): 0.4})
-    assert hallucination_rate(Measured(rows, ["the same", "another"], judge=judge)).flagged == [True, False]
+    numbers, flags = hallucination_rate(Measured(rows, ["the same", "another"], judge=judge))
+    assert flags == [True, False] and numbers == {"rate": 0.5, "empty": 0.0}
 
 
 def test_a_right_answer_is_nearer_to_the_right_one_and_above_the_floor():
