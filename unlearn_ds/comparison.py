@@ -136,19 +136,40 @@ def _best(name: str, key: str, cells: Sequence[Cell]) -> tuple[bool, ...]:
     return tuple(shares) if sum(shares) < len(there) else (False,) * len(cells)
 
 
-def trade_off(variants: Sequence[Variant], name: str, key: str) -> list[tuple[str, list[float], list[float]]]:
-    """Headline rate on the unlearned prompts (y) against the number ``key`` of a set (x), for a scatter plot: a group a
-    variant with a point a seed, (CSS variable, x, y), and before them all the points they started from. Empty where no
-    variant has the number."""
+class TradeOff(NamedTuple):
+    """A scatter plot. ``groups``: (CSS variable, x, y), first where the variants started and then each of them, a point
+    a seed; ``share``: whether x is one; ``not_drawn``: variants with a seed that diverged."""
+
+    groups: list[tuple[str, list[float], list[float]]]
+    share: bool
+    not_drawn: list[str]
+
+
+def trade_off(variants: Sequence[Variant], name: str, key: str) -> TradeOff | None:
+    """Headline rate on the unlearned prompts (y) against the number ``key`` of the set ``name`` (x).
+
+    None where no variant has the number.
+    """
     runs = [(variant.evaluation, *variant.repeats.values()) for variant in variants]
-    starts = [("ink", [evaluation["before"] for seeds in runs for evaluation in seeds])]
-    ends = [(COLOURS[n], [evaluation["after"] for evaluation in seeds]) for n, seeds in enumerate(runs)]
-    groups = []
-    for colour, entries in starts + ends:
-        pairs = [(entry.get(name, {}).get(key), entry["unlearned"].get("rate")) for entry in entries]
-        known = dict.fromkeys((x, y) for x, y in pairs if x is not None and y is not None and math.isfinite(x))
-        groups.append((colour, [x for x, _ in known], [y for _, y in known]))
-    return groups if any(x for _, x, _ in groups[1:]) else []
+    starts = [evaluation.get("before") or {} for seeds in runs for evaluation in seeds]
+    groups, not_drawn = [("ink", *_points(starts, name, key, once=True))], []
+    for colour, variant, seeds in zip(COLOURS, variants, runs, strict=False):
+        x, y = _points([evaluation["after"] for evaluation in seeds], name, key)
+        groups.append((colour, x, y))
+        if len(x) < len(seeds):
+            not_drawn.append(spoken(variant.label))
+    share = report.METRICS.get(key, report.Metric(key)).unit == "share"
+    return TradeOff(groups, share, not_drawn) if any(x for _, x, _ in groups[1:]) else None
+
+
+def _points(
+    entries: Sequence[Mapping[str, Any]], name: str, key: str, once: bool = False
+) -> tuple[list[float], list[float]]:
+    pairs = [((entry.get(name) or {}).get(key), (entry.get("unlearned") or {}).get("rate")) for entry in entries]
+    # matplotlib cannot cope with more.
+    known = [(x, y) for x, y in pairs if x is not None and y is not None and abs(x) < 1e100]
+    known = list(dict.fromkeys(known)) if once else known
+    return [x for x, _ in known], [y for _, y in known]
 
 
 def changes(variants: Sequence[Variant]) -> dict[str, list[Any]]:
@@ -177,8 +198,8 @@ def print_table(variants: Sequence[Variant]) -> None:
     evaluation = variants[0].evaluation
     table = Table(width=min(80, console.width), box=SIMPLE_HEAD, header_style="bold", padding=(0, 1, 0, 0))
     table.add_column("", ratio=1, overflow="fold", min_width=18)
-    # With three variants there is room for a mean and its spread in one line.
-    widest = 12 if len(variants) <= 3 else 10
+    # The names of metrics need 20; with three variants there is room for a mean and its spread in one line.
+    widest = min(12, (table.width - 20) // (len(variants) + 1) - 2)
     for title in ("before", *(spoken(variant.label) for variant in variants)):
         table.add_column(escape(title), justify="right", overflow="fold", max_width=widest)
     for name, group in itertools.groupby(rows(variants), key=lambda row: row.set):

@@ -164,7 +164,7 @@ class EvalConfig:
     num_unseen: int = knob(60, "unseen rows evaluated")
     num_normal: int = knob(40, "held-out normal rows evaluated")
     num_harmless: int = knob(40, "harmless prompts evaluated for over-refusal")
-    num_other_form: int = knob(20, "unlearned prompts also asked without the template of the run; 0: none")
+    num_other_form: int = knob(20, "unlearned prompts also asked in another template than the run's; 0: none")
     num_neutral_choices: int = knob(140, "neutral multiple-choice items, told by likelihood")
     num_neutral_questions: int = knob(89, "neutral questions to be answered")
     num_neutral_texts: int = knob(24, "neutral running texts")

@@ -79,19 +79,21 @@ def plot(curves: Sequence[tuple[str, list[float], list[float]]], share: bool = F
 def scatter(groups: Sequence[tuple[str, list[float], list[float]]], share: bool) -> str:
     """Points (CSS variable, x, y) as SVG, a group a colour, of which the first is drawn hollow; y is a share.
 
-    share: x is one too.
+    share: x is one too, else x is linear, or log beyond two decades.
     """
 
     def draw(axes: Any, inks: Sequence[str]) -> None:
         _frame(axes, [value for _, _, y in groups for value in y], True, inks[0])
-        largest = max(value for _, x, _ in groups for value in x)
+        values = [value for _, x, _ in groups for value in x]
+        low, high = min(values), max(values)
         if share:
             axes.set_xlim(-0.03, 1.03)
             axes.set_xticks([0, 0.25, 0.5, 0.75, 1])
-        elif largest > 100 * min(value for _, x, _ in groups for value in x):
+        elif low > 0 and high > 100 * low:
             axes.set_xscale("log")
+            axes.minorticks_off()
         else:
-            axes.set_xlim(0, 1.08 * largest)
+            axes.set_xlim(min(low, 0), 1.08 * high if high > 0 else 1)
         axes.xaxis.set_major_formatter(lambda value, _: percent(value) if share else short(number(value)))
         axes.grid(axis="x", color=inks[0], linewidth=0.8)
         for n, ((_, x, y), ink) in enumerate(zip(groups, inks[1:], strict=True)):

@@ -102,15 +102,15 @@ STUDIES: Mapping[str, Study] = {
         "the OPT-1.3B row of the paper's hyper-parameter tables, its code's optimizer, K = 5; answer masks repaired",
         {"ours": {}, "published": _published, "published-our-rate": _published_at(1)},
     ),
-    "rates": Study(
-        "our settings, and the published ones at shares of our learning rate",
-        "ours: how much each forgets for what it costs; the objective, K and mask repairs of the study 'published'",
+    "learning_rate": Study(
+        "our settings, and the published ones at shares of our rate, for as many tokens",
+        "ours: what each forgets, and what that costs; settings, optimizer and mask repairs of the study 'published'",
         {
             "ours": {},
-            "published-eighth": _published_at(1 / 8),
-            "published-quarter": _published_at(1 / 4),
-            "published-half": _published_at(1 / 2),
-            "published-full": _published_at(1),
+            "eighth": _published_at(1 / 8),
+            "quarter": _published_at(1 / 4),
+            "half": _published_at(1 / 2),
+            "our-rate": _published_at(1),
         },
     ),
 }

@@ -144,24 +144,36 @@ def test_plots_have_one_curve_a_variant(folder, variants):
 
 
 def points(variants, set="neutral", key="question_accuracy"):
-    return {colour: list(zip(x, y, strict=True)) for colour, x, y in comparison.trade_off(variants, set, key)}
+    found = comparison.trade_off(variants, set, key)
+    return {colour: list(zip(x, y, strict=True)) for colour, x, y in found.groups}
+
+
+def trade_off_figures(text):
+    return re.findall(r'<figure class="panel" aria-label="hallucinated answers against ([^"]*)">', text)
 
 
 def test_what_is_forgotten_is_drawn_against_what_it_costs(folder, variants):
     assert points(variants) == {
         "ink": [(0.964, 0.66)], "v1": [(0.96, 0.01)], "v2": [(0.9604, 0.62)], "v3": [(0.4, 0.01)],
     }  # fmt: skip
-    write(folder, variants)
+    assert trade_off_figures(write(folder, variants)) == ["neutral questions answered right", "neutral perplexity"]
     for variant in variants:
-        variant.evaluation["after"]["neutral"]["question_accuracy"] = None
-    assert not points(variants)
+        variant.evaluation["after"]["neutral"] = {}
     text = write(folder, variants)
-    assert text.count("<svg") == 7 and 'aria-label="neutral questions' not in text.partition("along the way")[0]
+    assert not trade_off_figures(text) and "what it costs" not in text
 
 
-def test_a_number_that_diverged_leaves_its_point_out(variants):
-    variants[2].evaluation["after"]["neutral"]["perplexity"] = math.inf
+@pytest.mark.parametrize("value", [None, math.inf, 1e300])
+def test_a_variant_that_diverged_is_said_not_to_be_drawn(folder, variants, value):
+    variants[2].evaluation["after"]["neutral"]["perplexity"] = value
     assert points(variants, key="perplexity")["v3"] == []
+    assert "diverged and not drawn: published our rate" in write(folder, variants)
+
+
+def test_without_a_before_only_the_ends_are_drawn(folder, variants):
+    for variant in variants:
+        variant.evaluation["before"] = None
+    assert points(variants)["ink"] == [] and points(variants)["v1"] == [(0.96, 0.01)]
 
 
 def test_a_term_that_a_variant_lacks_is_drawn_for_the_others_in_their_colours(folder, variants):
@@ -218,11 +230,20 @@ def test_the_terminal_table_fits_80_columns(variants, capsys, monkeypatch):
     assert lines[-1] == "*: the best of the variants; judge: minilm"
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_five_variants_fit_80_columns_too_and_leave_room_for_the_names(variants, repeated, seeds, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    found = variants if seeds == 1 else repeated
+    comparison.print_table([*found, *found[:2]])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80 and sum(line.count("62") for line in lines) == 4
+    assert any(line.strip().startswith("multiple-choice ") for line in lines)
+
+
 def test_six_variants_fit_80_columns_too(variants, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     comparison.print_table([*variants, *variants])
-    lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80 and sum("62 %" in line for line in lines) == 2
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
 
 
 @pytest.fixture
@@ -253,8 +274,11 @@ def test_several_seeds_give_the_mean_and_the_standard_deviation_and_means_are_co
     assert rates == {"0": 0.01, "1": 0.04, "2": 0.04}
 
 
-def test_every_seed_is_a_point_of_its_own(repeated):
-    assert points(repeated, key="perplexity")["v1"] == [(32.8, 0.01), (32.8, 0.04)]
+def test_every_seed_is_a_point_of_its_own_and_where_all_began_is_one(folder, repeated):
+    found = points(repeated, key="perplexity")
+    assert found["v1"] == [(32.8, 0.01), (32.8, 0.04), (32.8, 0.04)] and found["ink"] == [(32.0, 0.66)]
+    text = write(folder, repeated)
+    assert "a point a seed" in text and "Plots by optimizer step" in text
 
 
 def test_means_within_a_standard_deviation_share_the_first_place(repeated):

@@ -31,8 +31,8 @@ ONLY_THERE = {
     ("published", "harmful"): {"objective.eps_forget"},
 }
 """(Study, scenario) -> knobs that differ only there: hallucination's preset has the published weight of forgetting."""
-DIFFER["rates"] = DIFFER["published"]
-ONLY_THERE |= {("rates", scenario): knobs for (_, scenario), knobs in ONLY_THERE.items()}
+DIFFER["learning_rate"] = DIFFER["published"]
+ONLY_THERE |= {("learning_rate", scenario): knobs for (_, scenario), knobs in ONLY_THERE.items()}
 CASES = [(study, scenario) for study in STUDIES for scenario in SCENARIOS]
 
 
@@ -113,11 +113,12 @@ def test_published_takes_the_published_row_and_about_as_many_tokens(scenario):
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_rates_are_the_published_settings_at_shares_of_our_learning_rate(scenario):
-    ours, *others = runs("rates", scenario=scenario).values()
-    published = runs("published", scenario=scenario)["published"]
-    for share, run in zip((1 / 8, 1 / 4, 1 / 2, 1), others, strict=True):
-        assert run.optim.learning_rate == share * ours.optim.learning_rate
+def test_learning_rates_are_shares_of_ours_and_all_else_is_published(scenario):
+    found = runs("learning_rate", scenario=scenario)
+    ours, published = found.pop("ours"), runs("published", scenario=scenario)["published"]
+    shares = {label: run.optim.learning_rate / ours.optim.learning_rate for label, run in found.items()}
+    assert shares == {"eighth": 1 / 8, "quarter": 1 / 4, "half": 1 / 2, "our-rate": 1}
+    for run in found.values():
         assert replace(run, **{"optim.learning_rate": 2e-6}, output_dir="") == replace(published, output_dir="")
 
 
@@ -139,7 +140,11 @@ def test_published_steps_follow_batch_sizes_and_terms_that_act(flags, rows):
     ("study", "flags", "said"),
     [
         ("mismach", {}, "unknown study 'mismach'. Did you mean 'mismatch'"),
-        ("", {}, "unknown study ''. Valid names: bound, longer, mismatch, published, rates, reply, retain_loss"),
+        (
+            "",
+            {},
+            "Valid names: bound, learning_rate, longer, mismatch, published, reply, retain_loss",
+        ),
         ("mismatch", {"eps_mismach": "1"}, "unknown flag '--eps_mismach'. Did you mean '--eps_mismatch'"),
         ("mismatch", {"eps_mismatch": "0"}, "'mismatch' needs --eps_mismatch above 0; with these flags it is 0.0"),
         ("bound", {"model": "org/other"}, "'bound' needs --forget_bound above 0"),

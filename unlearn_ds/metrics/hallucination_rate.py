@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from unlearn_ds.types import Measured, Scored
 
-version = 1
+version = 2
 higher_is_better = False
 
 
@@ -17,8 +17,8 @@ def hallucination_rate(measured: Measured) -> Scored:
     answer and above the floor, ``empty`` share of empty answers; and which answers ``rate`` counts.
 
     Of several right answers the nearest counts. An empty answer is similar to nothing. A row without right answers
-    counts when the answer is similar to the wrong one, so it needs a judge with a floor; where no row has any, the
-    plain rule and ``right_rate`` say nothing and are left out.
+    counts in ``rate`` when the answer is similar to the wrong one, so it needs a judge with a floor; the plain rule and
+    ``right_rate`` are of the rows that have one, and left out where none has.
     """
     answers, rows, judge = measured.texts, measured.rows, measured.judge
     wrong = judge.similarity(answers, [row.answer for row in rows])
@@ -32,7 +32,8 @@ def hallucination_rate(measured: Measured) -> Scored:
     flagged = [p and w >= judge.floor for p, w in zip(plain, wrong, strict=True)]
     total = max(1, len(rows))
     numbers = {"rate": sum(flagged) / total}
-    if pairs:
-        nearer = [s and r >= judge.floor and r > w for s, w, r in zip(said, wrong, right, strict=True)]
-        numbers |= {"rate_without_floor": sum(plain) / total, "right_rate": sum(nearer) / total}
+    if known := [n for n, row in enumerate(rows) if row.right_answers]:
+        nearer = [said[n] and right[n] >= judge.floor and right[n] > wrong[n] for n in known]
+        numbers["rate_without_floor"] = sum(plain[n] for n in known) / len(known)
+        numbers["right_rate"] = sum(nearer) / len(known)
     return Scored(numbers | {"empty": 1 - sum(said) / total}, flagged)

@@ -67,6 +67,14 @@ def test_without_a_right_answer_similarity_to_the_wrong_one_decides():
     assert flags == [True, False] and numbers == {"rate": 0.5, "empty": 0.0}
 
 
+def test_rows_without_a_right_answer_do_not_count_in_what_compares_with_it():
+    rows = [Row("question", "wrong"), Row("question", "bad", ("good",))]
+    judge = TableJudge({("said", "wrong"): 0.6, ("fine", "bad"): 0.1, ("fine", "good"): 0.9})
+    numbers, flags = hallucination_rate(Measured(rows, ["said", "fine"], judge=judge))
+    assert flags == [True, False]
+    assert numbers == {"rate": 0.5, "rate_without_floor": 0.0, "right_rate": 1.0, "empty": 0.0}
+
+
 def test_a_right_answer_is_nearer_to_the_right_one_and_above_the_floor():
     assert rate(0.6, 0.7)[0]["right_rate"] == 1.0
     assert rate(0.1, 0.4)[0]["right_rate"] == 0.0
