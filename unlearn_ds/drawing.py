@@ -94,6 +94,7 @@ def scatter(groups: Sequence[tuple[str, list[float], list[float]]], share: bool)
             axes.minorticks_off()
         else:
             axes.set_xlim(min(low, 0), 1.08 * high if high > 0 else 1)
+            axes.locator_params(axis="x", integer=False)
         axes.xaxis.set_major_formatter(lambda value, _: percent(value) if share else short(number(value)))
         axes.grid(axis="x", color=inks[0], linewidth=0.8)
         for n, ((_, x, y), ink) in enumerate(zip(groups, inks[1:], strict=True)):

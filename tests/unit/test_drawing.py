@@ -27,9 +27,10 @@ def test_the_first_group_is_hollow_and_each_point_is_drawn():
         ((1.0, 30.0, 2000.0), False, ["1", "10", "100", "1,000"]),
         ((20.0, 30.0, 2000.0), False, ["0", "500", "1,000", "1,500", "2,000"]),
         ((0.0, 30.0, 2000.0), False, ["0", "500", "1,000", "1,500", "2,000"]),
-        ((0.0, 0.0), False, ["0", "1"]),
+        ((0.6, 1.0), False, ["0", "0.25", "0.5", "0.75", "1"]),
+        ((0.0, 0.0), False, ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
     ],
-    ids=["share", "log", "linear", "zero", "all_zero"],
+    ids=["share", "log", "linear", "zero", "fractions", "all_zero"],
 )
 def test_x_is_a_share_or_linear_or_logarithmic_beyond_two_decades(x, share, ticks):
     points, texts = drawn(x, share)
