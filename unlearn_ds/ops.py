@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from unlearn_ds.config import UsageError
 from unlearn_ds.registry import KERNELS, resolve
 from unlearn_ds.types import LossOutput, PackedBatch, ReferenceRows
-from unlearn_ds.workspace import Plan, chunk_rows, rows_of_logits, wide_type
+from unlearn_ds.workspace import Plan, chunk_rows, clear_behind, rows_of_logits, wide_type
 
 PANEL_BYTES = 16 * 2**20
 """Part of an LM head that is widened to fp32 at a time where the device cannot multiply bf16 into fp32."""
@@ -202,6 +202,7 @@ class _MaskedLoss(torch.autograd.Function):
                         None if smoothing_N is None else smoothing_N[rows], **options.logits._asdict(),
                     )  # fmt: skip
                 del outputs_CV
+            clear_behind(block_CV, hidden_NH.dtype)
             rows = slice(block.start, block.stop)
             if needs_hidden:
                 torch.mm(gradient_CV, weight_VH, out=grad_hidden[rows])

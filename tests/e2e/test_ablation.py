@@ -92,7 +92,7 @@ def test_the_comparison_holds_both_variants(study, finished):
         {"objective.eps_mismatch": 0.0}, {"objective.eps_mismatch": 1.0},
     ]  # fmt: skip
     page = (out / "report.html").read_text()
-    assert "with mismatch" in page and page.count("<svg") == 3
+    assert "with mismatch" in page and page.count("<svg") == 6
     table = finished[0][finished[0].rindex("Unlearned prompts (4)") : finished[0].index("*: the best of the variants")]
     assert "hallucinated-answer rate" in table and "multiple-choice accuracy" in table
 

@@ -221,6 +221,19 @@ def test_bf16_error_is_at_most_that_of_torch(kernel, rows, workspace_bytes):
         assert error <= factor * allowed + 1e-3 * e.abs().max(), f"{name}: {error} against {allowed} of torch"
 
 
+@pytest.mark.parametrize("rows", [(61, 0), (0, 40), (61, 40)], ids=["ce", "kl", "mixed"])
+def test_what_lies_behind_a_row_in_memory_does_not_reach_gradients(rows, monkeypatch):
+    """oneDNN's tiles (AMX) multiply it by 0; here it is NaN."""
+    case = make_case(*rows, 1031, dtype=torch.bfloat16)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        result = ours(case)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.isfinite(result.grad_hidden).all() and torch.isfinite(result.grad_weight).all()
+
+
 # What backward refuses
 
 
