@@ -44,9 +44,9 @@ def _times(factor: int) -> Changes:
 
 
 def _published(base: RunConfig) -> Mapping[str, Any]:
-    """The published objective and optimizer, as many forget and retain rows a step, about as many tokens in all.
+    """The published objective and optimizer, as many forget and retain rows a step, as many rows of all terms in all.
 
-    Rows of all three terms are taken to be equally long: with K = 5 a step has more of them, so there are fewer steps.
+    With K = 5 a step has more of them, so there are fewer steps. Tokens are as many where rows are about equally long.
     """
     preset = PRESETS[base.scenario]["opt-1.3b"]
     changes = {
@@ -98,12 +98,12 @@ STUDIES: Mapping[str, Study] = {
         needs=("objective.forget_bound",),
     ),
     "published": Study(
-        "our settings, and the published ones, for as many tokens",
+        "our settings, and the published ones, for as many rows",
         "the OPT-1.3B row of the paper's hyper-parameter tables, its code's optimizer, K = 5; answer masks repaired",
         {"ours": {}, "published": _published, "published-our-rate": _published_at(1)},
     ),
     "learning_rate": Study(
-        "our settings, and the published ones at shares of our rate, for as many tokens",
+        "our settings, and the published ones at shares of our rate, for as many rows",
         "ours: what each forgets, and what that costs; settings, optimizer and mask repairs of the study 'published'",
         {
             "ours": {},

@@ -31,7 +31,7 @@ def chunk_rows(hidden_NH: torch.Tensor, vocab: int, workspace_bytes: int) -> int
 
 def rows_of_logits(like: torch.Tensor, num_rows: int, vocab: int, dtype: torch.dtype) -> torch.Tensor:
     """An uninitialised [rows, V] whose rows start at multiples of at least 32 bytes, whatever V is: with odd rows,
-    products and loads are half as fast."""
+    products and loads are half as fast. On a CPU what fills them up is 0, for the reason in ``clear_behind``."""
     rows = like.new_empty(num_rows, -(-vocab // 16) * 16, dtype=dtype)
     if like.device.type == "cpu":
         rows[:, vocab:] = 0
@@ -39,10 +39,10 @@ def rows_of_logits(like: torch.Tensor, num_rows: int, vocab: int, dtype: torch.d
 
 
 def clear_behind(rows_CV: torch.Tensor, dtype: torch.dtype) -> None:
-    """Make a matrix product of the rows safe whose narrower elements lie in the first part of wider rows.
+    """Clear what lies behind rows of ``dtype`` that were written over wider ones, before a matrix product of them.
 
-    oneDNN multiplies bf16 in tiles (AMX) of 32 elements: those behind a row's last one times 0, which is NaN where what
-    was left there is NaN or infinite (torch 2.13).
+    On CPUs with AMX oneDNN (torch 2.13) multiplies bf16 in tiles of 32 elements: those behind a row's last one by 0,
+    which gives NaN where NaN or an infinity was left there.
     """
     if rows_CV.device.type == "cpu" and rows_CV.dtype != dtype:
         num_columns = rows_CV.shape[1]
