@@ -33,14 +33,16 @@ def main(*positional: str, study: str = "", launch: str = "", seeds: str = "1", 
     folder = Path(str(flags.get("output_dir") or f"runs/ablation-{study}"))
     given = {name: value for name, value in flags.items() if name not in OWN}
     runs = studies.plan(study, given, folder, int(seeds))
-    states = {name: check(knobs) for name, knobs in runs.items()}
-    for n, (name, knobs) in enumerate(runs.items(), 1):
-        resume = {"checkpoint.resume": "auto"} if states[name] == "unfinished" else {}
-        line = command(launch, knobs | resume)
-        say(f"variant     {n}/{len(runs)} {name}: {states[name]}, {knobs['output_dir']}")
+    for knobs in runs.values():
+        check(knobs)
+    for n, name in enumerate(runs, 1):
+        knobs = studies.plan(study, given, folder, int(seeds))[name]  # anew: what is finished now says how many steps
+        state = check(knobs)
+        line = command(launch, knobs | ({"checkpoint.resume": "auto"} if state == "unfinished" else {}))
+        say(f"variant     {n}/{len(runs)} {name}: {state}, {knobs['output_dir']}")
         if dry_run:
             say(f"            {shlex.join(line)}")
-        elif states[name] != "finished" and (code := run(line)):
+        elif state != "finished" and (code := run(line)):
             say(
                 f"error       {name} ended with exit code {code}: see above, and {knobs['output_dir']}. "
                 "What is finished is kept; the same command goes on from here."

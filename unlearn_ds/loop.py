@@ -149,12 +149,13 @@ class Run:
         """One optimizer step; returns its line of metrics.jsonl and whether a rank was asked to stop."""
         began, device, phase = time.perf_counter(), self.policy.model.device, self.profiler.clock.phase
         taken: list[tuple[torch.Tensor, PackedBatch]] = []
-        counts = torch.zeros(4, dtype=torch.float64)
+        terms = self.loader.terms
+        counts = torch.zeros(3, dtype=torch.float64)
         with phase("data"):
             batches = self.batches(step)
         for batch in batches:
             with phase("data"):
-                counts += torch.tensor([batch.num_tokens, batch.num_response_tokens, *self.flops(batch)])
+                counts += torch.tensor([batch.num_tokens, *self.flops(batch)])
                 batch = batch.to(device)
             with phase("reference"):
                 rows = self.reference.rows(batch) if self.reference else None
@@ -165,24 +166,26 @@ class Run:
             with phase("optimizer"):
                 result = self.policy.step()
             taken.append((output.loss_N, batch))
-        values = torch.zeros(len(self.loader.terms), dtype=torch.float64)
+        of_terms = torch.zeros(2, len(terms), dtype=torch.float64)
         for loss_N, batch in taken:  # only now: each look at a value waits for the device
-            values += term_values(loss_N, batch, self.loader.terms)
-        *values, tokens, response_tokens, model_flops, hardware_flops, stopping = dist.sums(
-            [*values.tolist(), *counts.tolist(), self.stop.asked], device
+            of_terms += term_sums(loss_N, batch, terms)
+        tokens, model_flops, hardware_flops, stopping, *sums = dist.sums(
+            [*counts.tolist(), self.stop.asked, *of_terms.flatten().tolist()], device
         )
         seconds = time.perf_counter() - began
         speed = model_flops / dist.world_size() / seconds
         line: dict[str, Any] = {"step": step, "loss": 0.0}
-        for term, value in zip(self.loader.terms, values, strict=True):
+        for term, value in zip(terms, sums[: len(terms)], strict=True):
             line[f"loss_{term.name}"] = math.copysign(value, term.weight) / dist.world_size()
             line["loss"] += abs(term.weight) * line[f"loss_{term.name}"]
+        responses = {f"response_tokens_{term.name}": int(n) for term, n in zip(terms, sums[len(terms) :], strict=True)}
         return line | {
             "grad_norm": result.grad_norm, "lr": result.learning_rate, "skipped": result.skipped,
-            "tokens": int(tokens), "response_tokens": int(response_tokens), "tokens_per_second": tokens / seconds,
-            "step_seconds": seconds, "model_flops": model_flops, "hardware_flops": hardware_flops,
-            "tflops_per_device": speed / 1e12, "mfu": share(speed, self.profiler.peak),
-            "peak_memory_bytes": engine.peak_memory_bytes(device), "host_memory_bytes": engine.host_memory_bytes(),
+            "tokens": int(tokens), "response_tokens": sum(responses.values()), **responses,
+            "tokens_per_second": tokens / seconds, "step_seconds": seconds, "model_flops": model_flops,
+            "hardware_flops": hardware_flops, "tflops_per_device": speed / 1e12,
+            "mfu": share(speed, self.profiler.peak), "peak_memory_bytes": engine.peak_memory_bytes(device),
+            "host_memory_bytes": engine.host_memory_bytes(),
         }, bool(stopping)  # fmt: skip
 
     def flops(self, batch: PackedBatch) -> tuple[float, float]:
@@ -241,16 +244,17 @@ class Run:
         return result
 
 
-def term_values(loss_N: torch.Tensor, batch: PackedBatch, terms: Sequence[Term]) -> torch.Tensor:
-    """What this micro-batch adds to each term's value, times the number of ranks: float64 [terms].
+def term_sums(loss_N: torch.Tensor, batch: PackedBatch, terms: Sequence[Term]) -> torch.Tensor:
+    """What this micro-batch adds to each term's value, times the number of ranks, and its response tokens of each term:
+    float64 [2, terms].
 
     The value of a term is the mean its weight multiplies; a bounded sequence counts with its bound.
     """
     means_S = torch.minimum(ops.sequence_means(loss_N.float(), batch), batch.bounds_S).double()
     share_S = torch.zeros_like(means_S).index_add_(0, batch.sequence_N, batch.coefficients_N.double())
     weights = torch.tensor([terms[term].weight for term in batch.term_of_sequence], dtype=torch.float64)
-    values_S = means_S.cpu() * share_S.cpu() / weights
-    return torch.zeros(len(terms), dtype=torch.float64).index_add_(0, torch.tensor(batch.term_of_sequence), values_S)
+    added_2S = torch.stack((means_S.cpu() * share_S.cpu() / weights, batch.sequence_lengths_S.cpu().double()))
+    return torch.zeros(2, len(terms), dtype=torch.float64).index_add_(1, torch.tensor(batch.term_of_sequence), added_2S)
 
 
 def due(step: int, every: int) -> bool:

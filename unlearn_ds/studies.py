@@ -13,13 +13,22 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unlearn_ds import arguments
-from unlearn_ds.config import RunConfig, UsageError, fingerprint, replace
+from unlearn_ds.config import ObjectiveConfig, RunConfig, UsageError, fingerprint, replace
 from unlearn_ds.exit_codes import FINISHED
 from unlearn_ds.presets import PRESETS
 from unlearn_ds.registry import check_name
 
-Changes = Mapping[str, Any] | Callable[[RunConfig], Mapping[str, Any]]
-"""Dotted knob -> value, or a function of the run without changes that gives it."""
+
+class Spent(NamedTuple):
+    """What the first variant took, once it is finished: optimizer steps, and response tokens by term of the loss."""
+
+    steps: int
+    response_tokens: Mapping[str, int]
+
+
+Changes = Mapping[str, Any] | Callable[[RunConfig, Spent | None], Mapping[str, Any]]
+"""Dotted knob -> value, or a function that gives it: of the run without changes, and of what the first variant took,
+None until it is finished."""
 
 
 class Study(NamedTuple):
@@ -35,18 +44,30 @@ class Study(NamedTuple):
 FIXED_REPLY = "I can't help with that."
 
 
-def _fixed_reply(base: RunConfig) -> Mapping[str, Any]:
+def _fixed_reply(base: RunConfig, spent: Spent | None) -> Mapping[str, Any]:
     return {"data.mismatch_data": None, "data.mismatch_text": base.data.mismatch_text or FIXED_REPLY}
 
 
 def _times(factor: int) -> Changes:
-    return lambda base: {"optim.max_steps": factor * base.optim.max_steps}
+    return lambda base, spent: {"optim.max_steps": factor * base.optim.max_steps}
 
 
-def _published(base: RunConfig) -> Mapping[str, Any]:
-    """The published objective and optimizer, as many forget and retain rows a step, as many rows of all terms in all.
+def _rows(base: RunConfig, objective: ObjectiveConfig) -> dict[str, int]:
+    """Rows of an optimizer step by term, those whose weight is 0 left out."""
+    forget, retain = base.optim.batch_size, base.optim.retain_batch_size
+    rows = {
+        "forget": forget * (objective.eps_forget > 0),
+        "mismatch": forget * objective.num_mismatch * (objective.eps_mismatch > 0),
+        "retain": retain * (objective.eps_retain > 0),
+    }
+    return {term: n for term, n in rows.items() if n}
 
-    With K = 5 a step has more of them, so there are fewer steps. Tokens are as many where rows are about equally long.
+
+def _published(base: RunConfig, spent: Spent | None) -> Mapping[str, Any]:
+    """The published objective and optimizer, as many forget and retain rows a step, as many response tokens in all.
+
+    With K = 5 a step has more of them, so there are fewer steps. Until our run has told how long its rows are, all are
+    taken as equally long.
     """
     preset = PRESETS[base.scenario]["opt-1.3b"]
     changes = {
@@ -54,17 +75,18 @@ def _published(base: RunConfig) -> Mapping[str, Any]:
         for knob, value in preset.items()
         if knob.startswith(("objective.", "optim.")) and knob not in ("optim.batch_size", "optim.max_steps")
     }
-    forget, retain = base.optim.batch_size, base.optim.retain_batch_size
-    objective = base.objective
-    rows = forget * (objective.eps_forget > 0) + retain * (objective.eps_retain > 0)
-    rows += forget * objective.num_mismatch * (objective.eps_mismatch > 0)
-    published_rows = forget * (1 + preset["objective.num_mismatch"]) + retain
-    return {**changes, "optim.max_steps": max(1, round(base.optim.max_steps * rows / published_rows))}
+    ours = _rows(base, base.objective)
+    steps, tokens = spent or Spent(base.optim.max_steps, {term: base.optim.max_steps * n for term, n in ours.items()})
+    length = {term: tokens[term] / steps / n for term, n in ours.items()}
+    mean = sum(tokens.values()) / steps / sum(ours.values())
+    published = _rows(base, replace(base, **changes).objective)
+    a_step = sum(n * length.get(term, mean) for term, n in published.items())
+    return {**changes, "optim.max_steps": max(1, round(sum(tokens.values()) / a_step))}
 
 
 def _published_at(share: float) -> Changes:
     """The published settings at a share of our learning rate."""
-    return lambda base: {**_published(base), "optim.learning_rate": share * base.optim.learning_rate}
+    return lambda base, spent: {**_published(base, spent), "optim.learning_rate": share * base.optim.learning_rate}
 
 
 STUDIES: Mapping[str, Study] = {
@@ -98,12 +120,12 @@ STUDIES: Mapping[str, Study] = {
         needs=("objective.forget_bound",),
     ),
     "published": Study(
-        "our settings, and the published ones, for as many rows",
+        "our settings, and the published ones, for as many tokens",
         "the OPT-1.3B row of the paper's hyper-parameter tables, its code's optimizer, K = 5; answer masks repaired",
         {"ours": {}, "published": _published, "published-our-rate": _published_at(1)},
     ),
     "learning_rate": Study(
-        "our settings, and the published ones at shares of our rate, for as many rows",
+        "ours, and the published settings at shares of our rate, for as many tokens",
         "ours: what each forgets, and what that costs; settings, optimizer and mask repairs of the study 'published'",
         {
             "ours": {},
@@ -129,7 +151,8 @@ def plan(name: str, flags: Mapping[str, Any], folder: Path, seeds: int = 1) -> d
 
     flags: those of ``launchers/train.py``, which hold for every variant. seeds: runs of each variant, whose seeds count
     up from the one of the flags; runs are named VARIANT, VARIANT-seed-1 and so on, and all variants of a seed come
-    before the next seed. Raises ``UsageError`` for an unknown study, for flags that ``parse`` refuses, and for flags
+    before the next seed. A variant that takes its steps from the first one's is planned anew once that is finished:
+    ask again. Raises ``UsageError`` for an unknown study, for flags that ``parse`` refuses, and for flags
     under which variants would not differ or that none of them follows.
     """
     try:
@@ -144,8 +167,7 @@ def plan(name: str, flags: Mapping[str, Any], folder: Path, seeds: int = 1) -> d
             raise UsageError(
                 f"study '{name}' needs --{_flag(knob)} above 0; with these flags it is {_value(base, knob)}."
             )
-    changes = {variant: made(base) if callable(made) else made for variant, made in study.variants.items()}
-    variants = {variant: {**given, **changed} for variant, changed in changes.items()}
+    variants = {variant: {**given, **_changed(made, base)} for variant, made in study.variants.items()}
     runs = {variant: arguments.parse(knobs) for variant, knobs in variants.items()}
     for knob in given:
         if all(_value(run, knob) != _value(base, knob) for run in runs.values()):
@@ -153,12 +175,31 @@ def plan(name: str, flags: Mapping[str, Any], folder: Path, seeds: int = 1) -> d
     for one, other in itertools.combinations(runs, 2):
         if runs[one] == runs[other]:
             raise UsageError(f"study '{name}': with these flags '{one}' and '{other}' are the same run.")
-    planned = {}
+    planned: dict[str, dict[str, Any]] = {}
     for seed in range(base.seed, base.seed + seeds):
-        for variant, knobs in variants.items():
-            run, own = (variant, {}) if seed == base.seed else (f"{variant}{_OTHER_SEED}{seed}", {"seed": seed})
-            planned[run] = {**knobs, **own, "output_dir": str(folder / run)}
+        suffix, own = ("", {}) if seed == base.seed else (f"{_OTHER_SEED}{seed}", {"seed": seed})
+        spent = None
+        for n, (variant, made) in enumerate(study.variants.items()):
+            run = variant + suffix
+            planned[run] = {**given, **_changed(made, base, spent), **own, "output_dir": str(folder / run)}
+            spent = _spent(planned[run]) if n == 0 else spent
     return planned
+
+
+def _changed(made: Changes, base: RunConfig, spent: Spent | None = None) -> Mapping[str, Any]:
+    return made(base, spent) if callable(made) else made
+
+
+def _spent(knobs: Mapping[str, Any]) -> Spent | None:
+    """What the run took; None unless it is finished."""
+    run = arguments.parse(knobs)
+    if state(run, set(knobs)) != "finished":
+        return None
+    lines = (Path(run.output_dir or "") / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line) for line in lines]
+    prefix = "response_tokens_"
+    terms = {key.removeprefix(prefix): sum(step[key] for step in steps) for key in steps[0] if key.startswith(prefix)}
+    return Spent(len(steps), terms)
 
 
 CHOSEN = (

@@ -44,6 +44,7 @@ def test_each_step_is_one_line_whose_loss_is_the_weighted_sum_of_its_terms(finis
         assert line["loss"] == pytest.approx(sum(w * line[f"loss_{name}"] for name, w in WEIGHTS.items()))
         assert line["loss_forget"] < 0 < line["loss_mismatch"]
         assert line["response_tokens"] < line["tokens"] and line["mfu"] is None
+        assert line["response_tokens"] == sum(line[f"response_tokens_{name}"] for name in WEIGHTS)
         assert {"grad_norm", "lr", "tokens_per_second", "step_seconds", "tflops_per_device"} <= line.keys()
 
 

@@ -241,3 +241,43 @@ def test_seeds_repeat_every_variant_one_seed_after_the_other():
     for name, run in found.items():
         same_seed = replace(run, seed=7, output_dir=alone[studies.label(name)].output_dir)
         assert same_seed == alone[studies.label(name)]
+
+
+def spend(run, steps, **tokens):
+    """Leave ``run`` finished, with as many response tokens of each term in every step."""
+    leave(run, after={"step": steps}, exit_code=0)
+    lines = [{"step": n, **{f"response_tokens_{term}": k for term, k in tokens.items()}} for n in range(1, steps + 1)]
+    (Path(run.output_dir) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize("study", ["published", "learning_rate"])
+@pytest.mark.parametrize(
+    ("flags", "tokens", "steps"),
+    [
+        # As many rows: 50 * (4 + 4 + 8) / (4 + 20 + 8) = 25 steps.
+        ({}, {"forget": 40, "mismatch": 40, "retain": 80}, 25),
+        ({}, {"forget": 40, "mismatch": 20, "retain": 400}, round(50 * 460 / (40 + 100 + 400))),
+        # Mismatched rows are as long as ours are on average, where ours has none.
+        ({"eps_mismatch": "0"}, {"forget": 40, "retain": 200}, round(50 * 240 / (40 + 20 * 20 + 200))),
+    ],
+)
+def test_published_runs_take_as_many_response_tokens_as_our_finished_one(tmp_path, study, flags, tokens, steps):
+    flags = {"batch_size": "4", "retain_batch_size": "8", "max_steps": "70", **flags}
+    planned = runs(study, tmp_path, **flags)
+    spend(planned.pop("ours"), 50, **tokens)  # a stop rule ended it early
+    found = runs(study, tmp_path, **flags)
+    assert found.pop("ours").optim.max_steps == 70
+    assert {run.optim.max_steps for run in found.values()} == {steps} and found.keys() == planned.keys()
+    other = runs(study, tmp_path, **{**flags, "learning_rate": "1e-4"})  # what stands there is another run
+    assert other.popitem()[1].optim.max_steps == planned.popitem()[1].optim.max_steps
+
+
+def test_each_seed_takes_its_steps_from_its_own_first_run(tmp_path):
+    flags = {"batch_size": "4", "retain_batch_size": "8", "max_steps": "50", "seed": "3"}
+    planned = runs("published", tmp_path, seeds=2, **flags)
+    spend(planned["ours-seed-4"], 50, forget=40, mismatch=20, retain=400)
+    found = runs("published", tmp_path, seeds=2, **flags)
+    assert {name: run.optim.max_steps for name, run in found.items()} == {
+        "ours": 50, "published": 25, "published-our-rate": 25,
+        "ours-seed-4": 50, "published-seed-4": 43, "published-our-rate-seed-4": 43,
+    }  # fmt: skip
