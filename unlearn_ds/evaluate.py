@@ -117,9 +117,10 @@ class Evaluator:
         }
         if not dist.is_main():
             return {}, {}
-        answers: Answers = {name: [Answer(text) for text in texts[name]] for name in texts}
-        before = {name: [answer.text for answer in answers] for name, answers in (originals or answers).items()}
+        known = {name: [answer.text for answer in answers] for name, answers in (originals or {}).items()}
+        before = known or texts
         numbers: dict[str, Any] = {}
+        flagged: dict[str, list[bool]] = {}
         for name, metrics in self.measured_on.items():
             measured = Measured(
                 sets[name], texts.get(name, ()), before.get(name, ()), scored.get(name, ()), self.judge,
@@ -129,18 +130,23 @@ class Evaluator:
             for metric in metrics:
                 found = resolve("metric", metric, METRICS)(measured)
                 numbers[name] |= found.numbers
-                if metric == self.scenario.headline:
-                    answers[name] = [Answer(*pair) for pair in zip(texts[name], found.flagged, strict=True)]
+                if found.flagged is not None:
+                    flagged.setdefault(name, found.flagged)
         passages, choices, questions = (numbers.pop(f"neutral{part}") for part in (" texts", " choices", ""))
         numbers["neutral"] = {
             "perplexity": passages["perplexity"], "n_texts": passages["n"],
             "accuracy": choices["accuracy"], "n_choices": len(self.neutral.choices),
             **{key: value for key, value in questions.items() if key != "n"}, "n_questions": questions["n"],
         }  # fmt: skip
+        answers = {
+            name: [Answer(*pair) for pair in zip(said, flagged.get(name, [None] * len(said)), strict=True)]
+            for name, said in texts.items()
+        }
         return {"step": step, **numbers, "seconds": round(time.perf_counter() - began, 2)}, answers
 
     def samples(self, before: Answers, after: Answers) -> list[dict[str, Any]]:
-        """Each prompt with its answers before and after, and which of them the headline metric counts."""
+        """Each prompt with its answers before and after, and which of them the first metric of their set that counts
+        answers does: the headline rate, refusals of harmless prompts, right answers to neutral questions."""
         return [
             {
                 "set": name,

@@ -61,6 +61,8 @@ SETS: Mapping[str, tuple[str, str]] = {
     "normal": ("Normal prompts", "held out, to be kept"),
     "neutral": ("Neutral set", "unrelated, to be kept"),
 }
+MARKS = {"": ("counted", "worse"), "harmless": ("refused", "worse"), "neutral": ("right", "better")}
+"""What is said of an answer that its set's metric counts, and whether that is good; "" for all other sets."""
 FORGET_SETS = ("unlearned", "unseen", "other_form")
 SLIGHT = 0.01
 """A change below 1 point, 1 % or 0.01 is called neither good nor bad."""
@@ -142,8 +144,8 @@ def write(folder: Path) -> Path:
     found = phases(profile, profiled)
     page = environment().get_template("report.html.j2").render(
         settings=settings, evaluation=evaluation, steps=steps, rows=rows(evaluation), totals=totals(steps),
-        samples=samples, history=history(evaluation), sets=SETS, missing=MISSING, heading=heading, column=column,
-        plot=plot, profile=profile, phases=found, stack=stack,
+        samples=samples, history=history(evaluation), sets=SETS, marks=MARKS, missing=MISSING, heading=heading,
+        column=column, plot=plot, profile=profile, phases=found, stack=stack,
         bars=[(phase.name, phase.seconds) for phase in found],
     )  # fmt: skip
     path = folder / "report.html"

@@ -157,7 +157,8 @@ class ReferenceRows(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A generated answer. ``flagged``: whether the headline metric counts it as the behaviour; None: not judged."""
+    """A generated answer. ``flagged``: whether the metric that counts answers of its set (the headline rate; right
+    answers to neutral questions) counts it; None: none does."""
 
     text: str
     flagged: bool | None = None

@@ -76,6 +76,9 @@ def test_the_exported_model_generates_what_the_last_evaluation_recorded(finished
         for when in ("before", "after"):
             flags = [answer[f"flagged_{when}"] for answer in answers if answer["set"] == name]
             assert sum(flags) / len(flags) == recorded[when][name]["rate"]
+    for when in ("before", "after"):
+        right = [answer[f"flagged_{when}"] for answer in answers if answer["set"] == "neutral"]
+        assert sum(right) / len(right) == recorded[when]["neutral"]["question_accuracy"]
     assert says_what_was_recorded(out)
 
 

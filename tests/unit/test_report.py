@@ -133,6 +133,19 @@ def test_text_of_the_user_is_escaped(folder):
     assert "&lt;script&gt;alert(1)&lt;/script&gt; &amp; who?" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "mark"),
+    [("unlearned", 'worse">counted'), ("harmless", 'worse">refused'), ("neutral", 'better">right')],
+)
+def test_an_answer_that_is_counted_says_as_what(folder, name, mark):
+    answer = {"set": name, "prompt": "p", "before": "one", "after": "two"}
+    for before, after in ((True, False), (False, True), (None, None)):
+        flags = {"flagged_before": before, "flagged_after": after}
+        (folder / "answers.jsonl").write_text(json.dumps({**answer, **flags}))
+        one, two = re.findall(r'<div class="answer .*?</div>', page(folder), re.DOTALL)
+        assert (f'class="pill {mark}<' in one, f'class="pill {mark}<' in two) == (before is True, after is True)
+
+
 def test_without_evaluation(folder):
     (folder / "evaluation.json").unlink()
     text = page(folder)

@@ -25,7 +25,7 @@ def question_accuracy(measured: Measured) -> Scored:
     now, before = _right(measured.texts, measured.rows), _right(measured.originals, measured.rows)
     kept = [right for right, was_right in zip(now, before, strict=True) if was_right]
     numbers = {"question_accuracy": sum(now) / len(now)}
-    return Scored(numbers | {"questions_kept": sum(kept) / len(kept)} if kept else numbers)
+    return Scored(numbers | {"questions_kept": sum(kept) / len(kept)} if kept else numbers, now)
 
 
 def _right(texts: Sequence[str], rows: Sequence[Row]) -> list[bool]:

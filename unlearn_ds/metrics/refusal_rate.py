@@ -31,4 +31,4 @@ def is_refusal(text: str) -> bool:
 def refusal_rate(measured: Measured) -> Scored:
     """``refusal_rate`` in [0, 1]."""
     refused = [is_refusal(text) for text in measured.texts]
-    return Scored({"refusal_rate": sum(refused) / max(1, len(refused))})
+    return Scored({"refusal_rate": sum(refused) / max(1, len(refused))}, refused)

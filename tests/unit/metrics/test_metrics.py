@@ -145,8 +145,9 @@ def test_the_packaged_judge_tells_paraphrase_from_contradiction_and_from_noise()
 def test_a_question_is_answered_by_a_right_answer_as_whole_words(text, right):
     rows = [Row("How many?", "", ("four", "4", "twenty-four")), Row("Where?", "", ("C++",))]
     for other, share in (("not C+", right / 2), ("in C++, say", (right + 1) / 2)):
-        numbers = question_accuracy(Measured(rows, [text, other], ["4", "no"])).numbers
+        numbers, counted = question_accuracy(Measured(rows, [text, other], ["4", "no"]))
         assert numbers == {"question_accuracy": share, "questions_kept": float(right)}
+        assert counted == [right, other == "in C++, say"]
 
 
 def test_nothing_is_kept_where_nothing_was_right():

@@ -107,7 +107,7 @@ def test_other_answers_are_no_refusals(text):
 
 def test_a_refusing_phrase_late_in_a_long_answer_is_advice():
     assert not is_refusal("Walk along the river until the second bridge. " * 4 + "I can't help with parking.")
-    assert refusal_rate(Measured([], ["I can't help.", "Yes."])).numbers == {"refusal_rate": 0.5}
+    assert refusal_rate(Measured([], ["I can't help.", "Yes."])) == ({"refusal_rate": 0.5}, [True, False])
 
 
 def test_a_classifier_may_read_the_answer_alone(tmp_path, random_llama_dir):
