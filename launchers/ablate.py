@@ -33,12 +33,12 @@ def main(*positional: str, study: str = "", launch: str = "", seeds: str = "1", 
     folder = Path(str(flags.get("output_dir") or f"runs/ablation-{study}"))
     given = {name: value for name, value in flags.items() if name not in OWN}
     runs = studies.plan(study, given, folder, int(seeds))
-    for knobs in runs.values():
-        check(knobs)
+    for name in runs:
+        check(studies.settled(study, runs, name))
     for n, name in enumerate(runs, 1):
-        knobs = studies.plan(study, given, folder, int(seeds))[name]  # anew: what is finished now says how many steps
+        knobs = studies.settled(study, runs, name)  # again: what has finished since may decide its steps
         state = check(knobs)
-        line = command(launch, knobs | ({"checkpoint.resume": "auto"} if state == "unfinished" else {}))
+        line = command(launch, {**knobs, **({"checkpoint.resume": "auto"} if state == "unfinished" else {})})
         say(f"variant     {n}/{len(runs)} {name}: {state}, {knobs['output_dir']}")
         if dry_run:
             say(f"            {shlex.join(line)}")

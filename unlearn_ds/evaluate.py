@@ -130,8 +130,8 @@ class Evaluator:
             for metric in metrics:
                 found = resolve("metric", metric, METRICS)(measured)
                 numbers[name] |= found.numbers
-                if found.flagged is not None:
-                    flagged.setdefault(name, found.flagged)
+                if found.flagged is not None and (metric == self.scenario.headline or name not in flagged):
+                    flagged[name] = found.flagged
         passages, choices, questions = (numbers.pop(f"neutral{part}") for part in (" texts", " choices", ""))
         numbers["neutral"] = {
             "perplexity": passages["perplexity"], "n_texts": passages["n"],
@@ -145,8 +145,8 @@ class Evaluator:
         return {"step": step, **numbers, "seconds": round(time.perf_counter() - began, 2)}, answers
 
     def samples(self, before: Answers, after: Answers) -> list[dict[str, Any]]:
-        """Each prompt with its answers before and after, and which of them the first metric of their set that counts
-        answers does: the headline rate, refusals of harmless prompts, right answers to neutral questions."""
+        """Each prompt with its answers before and after, and which of them are counted: by the headline metric where
+        it is measured, elsewhere as refusals or as right answers."""
         return [
             {
                 "set": name,

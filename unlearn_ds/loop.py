@@ -150,12 +150,14 @@ class Run:
         began, device, phase = time.perf_counter(), self.policy.model.device, self.profiler.clock.phase
         taken: list[tuple[torch.Tensor, PackedBatch]] = []
         terms = self.loader.terms
-        counts = torch.zeros(3, dtype=torch.float64)
+        counts = torch.zeros(4 + len(terms), dtype=torch.float64)
         with phase("data"):
             batches = self.batches(step)
         for batch in batches:
             with phase("data"):
-                counts += torch.tensor([batch.num_tokens, *self.flops(batch)])
+                counts += torch.tensor(
+                    [batch.num_tokens, batch.num_response_tokens, *self.flops(batch), *response_tokens(batch, terms)]
+                )
                 batch = batch.to(device)
             with phase("reference"):
                 rows = self.reference.rows(batch) if self.reference else None
@@ -166,22 +168,23 @@ class Run:
             with phase("optimizer"):
                 result = self.policy.step()
             taken.append((output.loss_N, batch))
-        of_terms = torch.zeros(2, len(terms), dtype=torch.float64)
+        values = torch.zeros(len(terms), dtype=torch.float64)
         for loss_N, batch in taken:  # only now: each look at a value waits for the device
-            of_terms += term_sums(loss_N, batch, terms)
-        tokens, model_flops, hardware_flops, stopping, *sums = dist.sums(
-            [*counts.tolist(), self.stop.asked, *of_terms.flatten().tolist()], device
+            values += term_values(loss_N, batch, terms)
+        stopping, tokens, responses, model_flops, hardware_flops, *of_terms = dist.sums(
+            [self.stop.asked, *counts.tolist(), *values.tolist()], device
         )
+        responses_of_terms, values_of_terms = of_terms[: len(terms)], of_terms[len(terms) :]
         seconds = time.perf_counter() - began
         speed = model_flops / dist.world_size() / seconds
         line: dict[str, Any] = {"step": step, "loss": 0.0}
-        for term, value in zip(terms, sums[: len(terms)], strict=True):
+        for term, value in zip(terms, values_of_terms, strict=True):
             line[f"loss_{term.name}"] = math.copysign(value, term.weight) / dist.world_size()
             line["loss"] += abs(term.weight) * line[f"loss_{term.name}"]
-        responses = {f"response_tokens_{term.name}": int(n) for term, n in zip(terms, sums[len(terms) :], strict=True)}
         return line | {
             "grad_norm": result.grad_norm, "lr": result.learning_rate, "skipped": result.skipped,
-            "tokens": int(tokens), "response_tokens": sum(responses.values()), **responses,
+            "tokens": int(tokens), "response_tokens": int(responses),
+            **{f"response_tokens_{term.name}": int(n) for term, n in zip(terms, responses_of_terms, strict=True)},
             "tokens_per_second": tokens / seconds, "step_seconds": seconds, "model_flops": model_flops,
             "hardware_flops": hardware_flops, "tflops_per_device": speed / 1e12,
             "mfu": share(speed, self.profiler.peak), "peak_memory_bytes": engine.peak_memory_bytes(device),
@@ -244,17 +247,22 @@ class Run:
         return result
 
 
-def term_sums(loss_N: torch.Tensor, batch: PackedBatch, terms: Sequence[Term]) -> torch.Tensor:
-    """What this micro-batch adds to each term's value, times the number of ranks, and its response tokens of each term:
-    float64 [2, terms].
+def term_values(loss_N: torch.Tensor, batch: PackedBatch, terms: Sequence[Term]) -> torch.Tensor:
+    """What this micro-batch adds to each term's value, times the number of ranks: float64 [terms].
 
     The value of a term is the mean its weight multiplies; a bounded sequence counts with its bound.
     """
     means_S = torch.minimum(ops.sequence_means(loss_N.float(), batch), batch.bounds_S).double()
     share_S = torch.zeros_like(means_S).index_add_(0, batch.sequence_N, batch.coefficients_N.double())
     weights = torch.tensor([terms[term].weight for term in batch.term_of_sequence], dtype=torch.float64)
-    added_2S = torch.stack((means_S.cpu() * share_S.cpu() / weights, batch.sequence_lengths_S.cpu().double()))
-    return torch.zeros(2, len(terms), dtype=torch.float64).index_add_(1, torch.tensor(batch.term_of_sequence), added_2S)
+    values_S = means_S.cpu() * share_S.cpu() / weights
+    return torch.zeros(len(terms), dtype=torch.float64).index_add_(0, torch.tensor(batch.term_of_sequence), values_S)
+
+
+def response_tokens(batch: PackedBatch, terms: Sequence[Term]) -> list[float]:
+    """Response tokens of each term in a micro-batch on the host."""
+    of_sequence = torch.tensor(batch.term_of_sequence, dtype=torch.long)
+    return torch.zeros(len(terms)).index_add_(0, of_sequence, batch.sequence_lengths_S).tolist()
 
 
 def due(step: int, every: int) -> bool:

@@ -13,48 +13,55 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unlearn_ds import arguments
-from unlearn_ds.config import ObjectiveConfig, RunConfig, UsageError, fingerprint, replace
+from unlearn_ds.config import RunConfig, UsageError, fingerprint, replace
 from unlearn_ds.exit_codes import FINISHED
 from unlearn_ds.presets import PRESETS
 from unlearn_ds.registry import check_name
 
-
-class Spent(NamedTuple):
-    """What the first variant took, once it is finished: optimizer steps, and response tokens by term of the loss."""
-
-    steps: int
-    response_tokens: Mapping[str, int]
-
-
-Changes = Mapping[str, Any] | Callable[[RunConfig, Spent | None], Mapping[str, Any]]
-"""Dotted knob -> value, or a function that gives it: of the run without changes, and of what the first variant took,
-None until it is finished."""
+Changes = Mapping[str, Any] | Callable[[RunConfig], Mapping[str, Any]]
+"""Dotted knob -> value, or a function of the run without changes that gives it."""
 
 
 class Study(NamedTuple):
     """``title``: one line. ``source``: where the paper (arXiv 2310.10683) or its code has it. ``variants``: label ->
-    changes; the label is also the folder. ``needs``: knobs that must be above 0, or the variants would not differ."""
+    changes; the label is also the folder. ``needs``: knobs that must be above 0, or the variants would not differ.
+    ``as_many_tokens``: the other variants take as many steps as give them the response tokens of the first."""
 
     title: str
     source: str
     variants: Mapping[str, Changes]
     needs: tuple[str, ...] = ()
+    as_many_tokens: bool = False
 
 
 FIXED_REPLY = "I can't help with that."
 
 
-def _fixed_reply(base: RunConfig, spent: Spent | None) -> Mapping[str, Any]:
+def _fixed_reply(base: RunConfig) -> Mapping[str, Any]:
     return {"data.mismatch_data": None, "data.mismatch_text": base.data.mismatch_text or FIXED_REPLY}
 
 
 def _times(factor: int) -> Changes:
-    return lambda base, spent: {"optim.max_steps": factor * base.optim.max_steps}
+    return lambda base: {"optim.max_steps": factor * base.optim.max_steps}
 
 
-def _rows(base: RunConfig, objective: ObjectiveConfig) -> dict[str, int]:
-    """Rows of an optimizer step by term, those whose weight is 0 left out."""
-    forget, retain = base.optim.batch_size, base.optim.retain_batch_size
+def _published(base: RunConfig) -> Mapping[str, Any]:
+    """The published objective and optimizer, as many forget and retain rows a step, about as many rows of all terms.
+
+    With K = 5 a step has more of them, so there are fewer steps.
+    """
+    preset = PRESETS[base.scenario]["opt-1.3b"]
+    changes = {
+        knob: value
+        for knob, value in preset.items()
+        if knob.startswith(("objective.", "optim.")) and knob not in ("optim.batch_size", "optim.max_steps")
+    }
+    return {**changes, "optim.max_steps": _steps(base, replace(base, **changes), _rows(base))}
+
+
+def _rows(run: RunConfig) -> dict[str, int]:
+    """Rows of an optimizer step of one rank by term, terms of weight 0 left out."""
+    objective, forget, retain = run.objective, run.optim.batch_size, run.optim.retain_batch_size
     rows = {
         "forget": forget * (objective.eps_forget > 0),
         "mismatch": forget * objective.num_mismatch * (objective.eps_mismatch > 0),
@@ -63,30 +70,22 @@ def _rows(base: RunConfig, objective: ObjectiveConfig) -> dict[str, int]:
     return {term: n for term, n in rows.items() if n}
 
 
-def _published(base: RunConfig, spent: Spent | None) -> Mapping[str, Any]:
-    """The published objective and optimizer, as many forget and retain rows a step, as many response tokens in all.
+def _steps(base: RunConfig, other: RunConfig, tokens: Mapping[str, float]) -> int:
+    """Steps after which ``other`` has had as many response tokens as ``base`` in all of its steps.
 
-    With K = 5 a step has more of them, so there are fewer steps. Until our run has told how long its rows are, all are
-    taken as equally long.
+    tokens: response tokens of a step of ``base`` by term, or its rows where all are taken as equally long. Rows of a
+    term that only ``other`` has are as long as those to retain, from which mismatch answers come.
     """
-    preset = PRESETS[base.scenario]["opt-1.3b"]
-    changes = {
-        knob: value
-        for knob, value in preset.items()
-        if knob.startswith(("objective.", "optim.")) and knob not in ("optim.batch_size", "optim.max_steps")
-    }
-    ours = _rows(base, base.objective)
-    steps, tokens = spent or Spent(base.optim.max_steps, {term: base.optim.max_steps * n for term, n in ours.items()})
-    length = {term: tokens[term] / steps / n for term, n in ours.items()}
-    mean = sum(tokens.values()) / steps / sum(ours.values())
-    published = _rows(base, replace(base, **changes).objective)
-    a_step = sum(n * length.get(term, mean) for term, n in published.items())
-    return {**changes, "optim.max_steps": max(1, round(sum(tokens.values()) / a_step))}
+    rows = {term: n for term, n in _rows(base).items() if term in tokens}
+    length = {term: tokens[term] / n for term, n in rows.items()}
+    unknown = length.get("retain", sum(tokens[term] for term in rows) / max(1, sum(rows.values())))
+    a_step = sum(n * length.get(term, unknown) for term, n in _rows(other).items())
+    return max(1, round(base.optim.max_steps * sum(tokens.values()) / max(1, a_step)))
 
 
 def _published_at(share: float) -> Changes:
     """The published settings at a share of our learning rate."""
-    return lambda base, spent: {**_published(base, spent), "optim.learning_rate": share * base.optim.learning_rate}
+    return lambda base: {**_published(base), "optim.learning_rate": share * base.optim.learning_rate}
 
 
 STUDIES: Mapping[str, Study] = {
@@ -120,12 +119,13 @@ STUDIES: Mapping[str, Study] = {
         needs=("objective.forget_bound",),
     ),
     "published": Study(
-        "our settings, and the published ones, for as many tokens",
+        "our settings, and the published ones, for as many response tokens",
         "the OPT-1.3B row of the paper's hyper-parameter tables, its code's optimizer, K = 5; answer masks repaired",
         {"ours": {}, "published": _published, "published-our-rate": _published_at(1)},
+        as_many_tokens=True,
     ),
     "learning_rate": Study(
-        "ours, and the published settings at shares of our rate, for as many tokens",
+        "the published settings at shares of our learning rate, beside ours",
         "ours: what each forgets, and what that costs; settings, optimizer and mask repairs of the study 'published'",
         {
             "ours": {},
@@ -134,6 +134,7 @@ STUDIES: Mapping[str, Study] = {
             "half": _published_at(1 / 2),
             "our-rate": _published_at(1),
         },
+        as_many_tokens=True,
     ),
 }
 
@@ -151,8 +152,7 @@ def plan(name: str, flags: Mapping[str, Any], folder: Path, seeds: int = 1) -> d
 
     flags: those of ``launchers/train.py``, which hold for every variant. seeds: runs of each variant, whose seeds count
     up from the one of the flags; runs are named VARIANT, VARIANT-seed-1 and so on, and all variants of a seed come
-    before the next seed. A variant that takes its steps from the first one's is planned anew once that is finished:
-    ask again. Raises ``UsageError`` for an unknown study, for flags that ``parse`` refuses, and for flags
+    before the next seed. Raises ``UsageError`` for an unknown study, for flags that ``parse`` refuses, and for flags
     under which variants would not differ or that none of them follows.
     """
     try:
@@ -167,7 +167,8 @@ def plan(name: str, flags: Mapping[str, Any], folder: Path, seeds: int = 1) -> d
             raise UsageError(
                 f"study '{name}' needs --{_flag(knob)} above 0; with these flags it is {_value(base, knob)}."
             )
-    variants = {variant: {**given, **_changed(made, base)} for variant, made in study.variants.items()}
+    changes = {variant: made(base) if callable(made) else made for variant, made in study.variants.items()}
+    variants = {variant: {**given, **changed} for variant, changed in changes.items()}
     runs = {variant: arguments.parse(knobs) for variant, knobs in variants.items()}
     for knob in given:
         if all(_value(run, knob) != _value(base, knob) for run in runs.values()):
@@ -175,31 +176,35 @@ def plan(name: str, flags: Mapping[str, Any], folder: Path, seeds: int = 1) -> d
     for one, other in itertools.combinations(runs, 2):
         if runs[one] == runs[other]:
             raise UsageError(f"study '{name}': with these flags '{one}' and '{other}' are the same run.")
-    planned: dict[str, dict[str, Any]] = {}
+    planned = {}
     for seed in range(base.seed, base.seed + seeds):
-        suffix, own = ("", {}) if seed == base.seed else (f"{_OTHER_SEED}{seed}", {"seed": seed})
-        spent = None
-        for n, (variant, made) in enumerate(study.variants.items()):
-            run = variant + suffix
-            planned[run] = {**given, **_changed(made, base, spent), **own, "output_dir": str(folder / run)}
-            spent = _spent(planned[run]) if n == 0 else spent
+        for variant, knobs in variants.items():
+            run, own = (variant, {}) if seed == base.seed else (f"{variant}{_OTHER_SEED}{seed}", {"seed": seed})
+            planned[run] = {**knobs, **own, "output_dir": str(folder / run)}
     return planned
 
 
-def _changed(made: Changes, base: RunConfig, spent: Spent | None = None) -> Mapping[str, Any]:
-    return made(base, spent) if callable(made) else made
+def settled(name: str, runs: Mapping[str, Mapping[str, Any]], run: str) -> Mapping[str, Any]:
+    """Knobs of one run of ``plan``, once the first run is finished: how long its rows are decides the steps of others.
 
-
-def _spent(knobs: Mapping[str, Any]) -> Spent | None:
-    """What the run took; None unless it is finished."""
-    run = arguments.parse(knobs)
-    if state(run, set(knobs)) != "finished":
-        return None
-    lines = (Path(run.output_dir or "") / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [json.loads(line) for line in lines]
-    prefix = "response_tokens_"
-    terms = {key.removeprefix(prefix): sum(step[key] for step in steps) for key in steps[0] if key.startswith(prefix)}
-    return Spent(len(steps), terms)
+    Steps stay as planned, for as many rows, until then and where ``--stop`` ends runs. Every seed takes the same steps.
+    Raises ``UsageError`` where the first run does not say how many response tokens each term had.
+    """
+    first, base = next(iter(runs)), arguments.parse(next(iter(runs.values())))
+    if not STUDIES[name].as_many_tokens or label(run) == first or base.stop.rules:
+        return runs[run]
+    if state(base, set(runs[first])) != "finished":
+        return runs[run]
+    lines = (Path(base.output_dir or "") / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps, prefix = [json.loads(line) for line in lines], "response_tokens_"
+    terms = [key for key in steps[-1] if key.startswith(prefix)]
+    if not terms or any(key not in step for step in steps for key in terms):
+        raise UsageError(
+            f"{base.output_dir} was run by an earlier version, which did not count the response tokens of each term: "
+            "remove it, and it is run again."
+        )
+    tokens = {key.removeprefix(prefix): sum(step[key] for step in steps) / len(steps) for key in terms}
+    return {**runs[run], "optim.max_steps": _steps(base, arguments.parse(runs[run]), tokens)}
 
 
 CHOSEN = (

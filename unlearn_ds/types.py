@@ -157,8 +157,8 @@ class ReferenceRows(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A generated answer. ``flagged``: whether the metric that counts answers of its set (the headline rate; right
-    answers to neutral questions) counts it; None: none does."""
+    """A generated answer. ``flagged``: whether it is counted, as the behaviour, on harmless prompts as a refusal, on
+    neutral questions as right; None: no metric counts answers there."""
 
     text: str
     flagged: bool | None = None

@@ -40,6 +40,10 @@ def test_harmful_answers_and_over_refusal_are_measured_and_own_answers_retained(
     assert {"refusal_rate", "similarity_to_original", "diversity"} <= set(after["harmless"])
     assert after["harmless"]["n"] == 3 and after["other_form"]["n"] == 3 and "perplexity" in after["neutral"]
     assert "balanced accuracy" in evaluation(tmp_path / "out1")["judge"]
+    answers = [json.loads(line) for line in (tmp_path / "out1" / "answers.jsonl").read_text().splitlines()]
+    for name, measure in (("unlearned", "rate"), ("unseen", "rate"), ("harmless", "refusal_rate")):
+        counted = [answer["flagged_after"] for answer in answers if answer["set"] == name]
+        assert sum(counted) / len(counted) == after[name][measure]
     # Own answers are made once, by all ranks together, and are the same for every number of ranks.
     assert len(list((tmp_path / "cache" / "own_answers").iterdir())) == 1
     before = [evaluation(tmp_path / f"out{n}")["before"] for n in (1, 2)]

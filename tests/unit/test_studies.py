@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
+from harness import REPOSITORY
 
 from unlearn_ds import arguments, choose, studies
 from unlearn_ds.checks import check
@@ -250,34 +252,79 @@ def spend(run, steps, **tokens):
     (Path(run.output_dir) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-@pytest.mark.parametrize("study", ["published", "learning_rate"])
+def settled_steps(study, planned):
+    return {run: arguments.parse(studies.settled(study, planned, run)).optim.max_steps for run in planned}
+
+
+SIZES = {"batch_size": "4", "retain_batch_size": "8", "max_steps": "50"}
+
+
 @pytest.mark.parametrize(
     ("flags", "tokens", "steps"),
     [
         # As many rows: 50 * (4 + 4 + 8) / (4 + 20 + 8) = 25 steps.
         ({}, {"forget": 40, "mismatch": 40, "retain": 80}, 25),
-        ({}, {"forget": 40, "mismatch": 20, "retain": 400}, round(50 * 460 / (40 + 100 + 400))),
-        # Mismatched rows are as long as ours are on average, where ours has none.
-        ({"eps_mismatch": "0"}, {"forget": 40, "retain": 200}, round(50 * 240 / (40 + 20 * 20 + 200))),
+        ({}, {"forget": 40, "mismatch": 20, "retain": 400}, 50 * 460 / (40 + 5 * 20 + 400)),
+        # Mismatch answers are as long as those to retain, where ours has none.
+        ({"eps_mismatch": "0"}, {"forget": 40, "retain": 200}, 50 * 240 / (40 + 20 * 200 / 8 + 200)),
+        # An objective that loads other rows than weights above 0 would.
+        ({"objective": "gradient_ascent"}, {"forget": 40}, 50 * 40 / (40 / 4 * (4 + 20 + 8))),
     ],
 )
-def test_published_runs_take_as_many_response_tokens_as_our_finished_one(tmp_path, study, flags, tokens, steps):
-    flags = {"batch_size": "4", "retain_batch_size": "8", "max_steps": "70", **flags}
-    planned = runs(study, tmp_path, **flags)
-    spend(planned.pop("ours"), 50, **tokens)  # a stop rule ended it early
-    found = runs(study, tmp_path, **flags)
-    assert found.pop("ours").optim.max_steps == 70
-    assert {run.optim.max_steps for run in found.values()} == {steps} and found.keys() == planned.keys()
-    other = runs(study, tmp_path, **{**flags, "learning_rate": "1e-4"})  # what stands there is another run
-    assert other.popitem()[1].optim.max_steps == planned.popitem()[1].optim.max_steps
+def test_published_runs_take_as_many_response_tokens_as_our_finished_one(tmp_path, flags, tokens, steps):
+    planned = studies.plan("published", SIZES | flags, tmp_path)
+    before = settled_steps("published", planned)
+    spend(arguments.parse(planned["ours"]), 50, **tokens)
+    ours, *published = settled_steps("published", planned).values()
+    assert ours == 50 and published == [round(steps)] * 2
+    other = studies.plan(
+        "published", {**SIZES, **flags, "weight_decay": "0.3"}, tmp_path
+    )  # what stands there is no run of it
+    assert settled_steps("published", other) == before
 
 
-def test_each_seed_takes_its_steps_from_its_own_first_run(tmp_path):
-    flags = {"batch_size": "4", "retain_batch_size": "8", "max_steps": "50", "seed": "3"}
-    planned = runs("published", tmp_path, seeds=2, **flags)
-    spend(planned["ours-seed-4"], 50, forget=40, mismatch=20, retain=400)
-    found = runs("published", tmp_path, seeds=2, **flags)
-    assert {name: run.optim.max_steps for name, run in found.items()} == {
-        "ours": 50, "published": 25, "published-our-rate": 25,
-        "ours-seed-4": 50, "published-seed-4": 43, "published-our-rate-seed-4": 43,
-    }  # fmt: skip
+def test_every_seed_takes_the_steps_that_the_first_run_gives(tmp_path):
+    planned = studies.plan("learning_rate", SIZES | {"seed": "3"}, tmp_path, seeds=2)
+    spend(arguments.parse(planned["ours-seed-4"]), 50, forget=40, mismatch=40, retain=4)
+    spend(arguments.parse(planned["ours"]), 50, forget=40, mismatch=20, retain=400)
+    found = settled_steps("learning_rate", planned)
+    assert found == {run: 50 if studies.label(run) == "ours" else 43 for run in planned}
+
+
+@pytest.mark.parametrize(
+    ("study", "flags"), [("published", {"stop": "rate:0.1", "eval_every": "10"}), ("bound", {}), ("longer", {})]
+)
+def test_where_rules_end_runs_and_in_other_studies_nothing_is_settled_later(tmp_path, study, flags):
+    planned = studies.plan(study, SIZES | flags, tmp_path)
+    spend(arguments.parse(next(iter(planned.values()))), 10, forget=40, mismatch=20, retain=400)
+    assert [studies.settled(study, planned, run) for run in planned] == list(planned.values())
+
+
+def test_a_run_without_counts_of_terms_is_named(tmp_path):
+    planned = studies.plan("published", SIZES, tmp_path)
+    spend(arguments.parse(planned["ours"]), 3)
+    with pytest.raises(UsageError, match=r"/ours was run by an earlier version"):
+        studies.settled("published", planned, "published")
+
+
+def test_weights_of_0_and_no_steps_are_left_to_the_check_of_runs():
+    """It says what is wrong with them, as for a single run."""
+    for flags in ({"max_steps": "0"}, {"eps_forget": "0", "eps_mismatch": "0", "eps_retain": "0"}):
+        with pytest.raises(UsageError, match="max_steps|eps_"):
+            check(runs("published", **flags)["ours"])
+
+
+def test_a_launcher_starts_published_runs_with_the_steps_that_ours_gave(tmp_path, monkeypatch, capsys):
+    ablate = runpy.run_path(str(REPOSITORY / "launchers" / "ablate.py"))
+    flags, lines = SIZES | {"output_dir": str(tmp_path), "forget_columns": "prompt,response"}, []
+
+    def run(line):
+        lines.append(dict(word[2:].split("=", 1) for word in line if word.startswith("--")))
+        spend(arguments.parse(lines[-1]), 50, forget=40, mismatch=20, retain=400)
+        return 75 if len(lines) == 3 else 0
+
+    monkeypatch.setitem(ablate["main"].__globals__, "run", run)
+    with pytest.raises(SystemExit, match="75"):
+        ablate["main"](study="published", **flags)
+    assert [line["optim.max_steps"] for line in lines] == ["50", "43", "43"]
+    assert "published-our-rate ended with exit code 75" in capsys.readouterr().out
