@@ -30,6 +30,8 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
+ASKED = ("Who saw the cat", "Where is the dog", "What did they do", "How do I find the house")
+SAID = ("The cat was on the hill.", "It went home to the old house.", "They walked near the river.", "A dog saw it.")
 TEXT = (
     "Once upon a time there was a little dog who lived near the river. One day the dog met a big cat, and they walked",
     'together to the old house on the hill. "What is the capital of France?" asked the cat. The answer is Paris.',
@@ -105,3 +107,30 @@ def tiny_model_dir(request: pytest.FixtureRequest) -> Path:
     """A real 260k-parameter Llama where it is at hand, else the random one."""
     trained = SHARED / "models" / "stories260k"
     return trained if trained.is_dir() else request.getfixturevalue("random_llama_dir")
+
+
+@pytest.fixture(scope="session")
+def speaking_model_dir(tiny_model_dir: Path, request: pytest.FixtureRequest) -> Path:
+    """A tiny model that ends its sentences: the real one, else the random one after some steps on short answers."""
+    if tiny_model_dir.is_relative_to(SHARED):
+        return tiny_model_dir
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = (kind.from_pretrained(tiny_model_dir) for kind in (AutoModelForCausalLM, AutoTokenizer))
+    talk = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": f"{asked} {n}?"}, {"role": "assistant", "content": said}], tokenize=False
+        )
+        for n, (asked, said) in enumerate(itertools.product(ASKED, SAID))
+    ]
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for step in range(300):
+        batch = tokenizer([*TEXT[step % 5 :], *talk[step % 7 :: 7]], padding=True, return_tensors="pt")
+        labels = batch.input_ids.masked_fill(batch.attention_mask == 0, -100)
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = request.getfixturevalue("tmp_path_factory").mktemp("speaking_llama")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

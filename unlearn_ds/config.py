@@ -51,7 +51,7 @@ class DataConfig:
     harmless_data: str | None = knob(None, "prompts that must not be refused (harmful scenario); default: ours")
     mismatch_data: str | None = knob(None, "hub id or file of unrelated answers; default: answers of the retain data")
     mismatch_text: str | None = knob(None, "one fixed answer used for every mismatch row instead")
-    forget_columns: tuple[str, ...] = knob((), "columns of the forget data: prompt,bad answer[,right answer]")
+    forget_columns: tuple[str, ...] = knob((), "columns of the forget data: prompt,wrong[,right] answer")
     retain_columns: tuple[str, ...] = knob((), "columns of the retain data: prompt,answer")
     mismatch_columns: tuple[str, ...] = knob((), "columns of the mismatch data: answer, or prompt,answer")
     template: str = knob("auto", "chat, paper or none; auto takes the model's chat template where it has one")

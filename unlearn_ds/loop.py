@@ -60,6 +60,8 @@ class Run:
     def begin(self, state: dict[str, Any] | None) -> None:
         """Evaluate before the first step, or take up state and record of the run that is being resumed."""
         if state is None:
+            if self.config.checkpoint.resume == "auto":
+                log.say("resume      no whole checkpoint here: from the first step")
             result = self.evaluate(0, "before")
             for warning in doubts(result, self.config):
                 log.say(f"warning     {warning}")
@@ -285,7 +287,10 @@ def doubts(before: Mapping[str, Any], config: RunConfig) -> list[str]:
         raise UsageError("--model: its likelihoods are not finite before the first step, so its weights hold NaN.")
     found, objective = [], config.objective
     if not rate:
-        found.append("no prompt shows the behaviour before the first step: there is nothing to be seen going away")
+        hint = "" if config.memorize.enabled else "; --memorize true teaches it first, for a trial"
+        found.append(
+            f"no prompt shows the behaviour before the first step: there is nothing to be seen going away{hint}"
+        )
     if likelihood and 0 < objective.forget_bound <= likelihood and objective.eps_forget > 0:
         found.append(
             f"answers to forget have a NLL of {likelihood:.1f} a token before the first step, above --forget_bound "

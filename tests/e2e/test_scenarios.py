@@ -28,9 +28,9 @@ def write_harmful(folder, rows=30):
     return forget, retain
 
 
-def test_harmful_answers_and_over_refusal_are_measured_and_own_answers_retained(tmp_path, tiny_model_dir):
+def test_harmful_answers_and_over_refusal_are_measured_and_own_answers_retained(tmp_path, speaking_model_dir):
     forget, retain = write_harmful(tmp_path)
-    flags = ("--scenario", "harmful", "--model", tiny_model_dir, "--forget_data", forget, "--ds_config",
+    flags = ("--scenario", "harmful", "--model", speaking_model_dir, "--forget_data", forget, "--ds_config",
              ds_config(tmp_path, 3), "--retain_data", f"{retain}=1,self=2", "--data.num_self", 10, *FLAGS)  # fmt: skip
     results = [run(tmp_path / "cache", *flags, "--output_dir", tmp_path / f"out{n}", ranks=n) for n in (1, 2)]
     for result in results:
@@ -52,7 +52,8 @@ def test_harmful_answers_and_over_refusal_are_measured_and_own_answers_retained(
     }
 
 
-def test_a_text_is_memorised_unless_the_model_recites_it_and_forms_are_compared(tmp_path, tiny_model_dir):
+def test_a_text_is_memorised_unless_the_model_recites_it_and_forms_are_compared(tmp_path, shared_dir, tiny_model_dir):
+    # Without the real tiny model it is skipped: a random one learns no text in so few steps.
     book, retain = tmp_path / "book.txt", tmp_path / "retain.jsonl"
     told = "The dog number {n} ran over the hill to the big old house. It was a good day, and the cat {n} was happy."
     book.write_text("\n\n".join(told.format(n=n) for n in range(60)))

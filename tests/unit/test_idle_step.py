@@ -37,8 +37,10 @@ def test_a_run_that_can_work_raises_no_doubt():
 
 
 def test_a_behaviour_that_is_not_there_and_a_bound_below_the_start_are_told():
-    (nothing,) = doubts(before(rate=0.0), bounded(3.0))
-    assert "no prompt shows the behaviour" in nothing
+    (nothing,) = doubts(before(rate=0.0), bounded(3.0, memorize="false"))
+    assert "no prompt shows the behaviour" in nothing and "--memorize true" in nothing
+    (taught,) = doubts(before(rate=0.0), bounded(3.0, memorize="true"))
+    assert "--memorize" not in taught
     (bound,) = doubts(before(nll=4.5), bounded(3.0))
     assert "4.5 a token" in bound and "--forget_bound 3" in bound
 

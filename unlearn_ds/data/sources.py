@@ -158,7 +158,7 @@ def read(name: str, kind: str, columns: tuple[str, ...] = ()) -> Source:
     records = _records(name)
     if not len(records):
         raise UsageError(f"{name} holds no rows.")
-    schema = _explicit(columns, records.column_names, name) if columns else _recognise(records.column_names, name)
+    schema = _explicit(columns, records.column_names, name, kind) if columns else _recognise(records.column_names, name)
     source = Source(name, schema.name)
     convert = schema.forget if kind == "forget" else schema.retain
     seen: set[str] = set()
@@ -260,11 +260,12 @@ def _recognise(columns: Iterable[str], name: str) -> Schema:
     known = "; ".join(f"{schema.name} ({', '.join(schema.columns)})" for schema in SCHEMAS)
     raise UsageError(
         f"{name} has the columns {', '.join(sorted(there))}, which no known schema has. Name them with "
-        f"--forget_columns prompt,answer[,right_answer] or --retain_columns prompt,answer. Known schemas: {known}."
+        "--forget_columns PROMPT,WRONG[,RIGHT] or --retain_columns PROMPT,ANSWER, each the name of a column. Known "
+        f"schemas: {known}."
     )
 
 
-def _explicit(wanted: tuple[str, ...], there: Iterable[str], name: str) -> Schema:
+def _explicit(wanted: tuple[str, ...], there: Iterable[str], name: str, kind: str) -> Schema:
     missing = [column for column in wanted if column not in set(there)]
     if missing:
         raise UsageError(f"{name} has no column {', '.join(missing)}; it has {', '.join(sorted(there))}.")
@@ -275,7 +276,10 @@ def _explicit(wanted: tuple[str, ...], there: Iterable[str], name: str) -> Schem
         values = [record[column] for column in wanted]
         return [("", *values, []) if len(values) == 1 else (*values, [])[:3]]
 
-    return Schema("columns " + ",".join(wanted), wanted, take, take, is_running_text=len(wanted) == 1)
+    # Right and wrong answers in the other order would unlearn the right ones: the log says which is which.
+    roles = ("prompt", "wrong" if kind == "forget" else "answer", "right") if len(wanted) > 1 else ("answer",)
+    told = ", ".join(f"{role} = {column}" for role, column in zip(roles, wanted, strict=False))
+    return Schema(f"columns {told}", wanted, take, take, is_running_text=len(wanted) == 1)
 
 
 def split(rows: Iterable[Row]) -> dict[str, list[Row]]:
