@@ -117,8 +117,7 @@ class Evaluator:
         }
         if not dist.is_main():
             return {}, {}
-        known = {name: [answer.text for answer in answers] for name, answers in (originals or {}).items()}
-        before = known or texts
+        before = {name: [answer.text for answer in answers] for name, answers in (originals or {}).items()} or texts
         numbers: dict[str, Any] = {}
         flagged: dict[str, list[bool]] = {}
         for name, metrics in self.measured_on.items():

@@ -190,10 +190,10 @@ def settled(name: str, runs: Mapping[str, Mapping[str, Any]], run: str) -> Mappi
     Steps stay as planned, for as many rows, until then and where ``--stop`` ends runs. Every seed takes the same steps.
     Raises ``UsageError`` where the first run does not say how many response tokens each term had.
     """
-    first, base = next(iter(runs)), arguments.parse(next(iter(runs.values())))
-    if not STUDIES[name].as_many_tokens or label(run) == first or base.stop.rules:
-        return runs[run]
-    if state(base, set(runs[first])) != "finished":
+    first = next(iter(runs))
+    base = arguments.parse(runs[first])
+    follows = STUDIES[name].as_many_tokens and label(run) != first and not base.stop.rules
+    if not follows or state(base, set(runs[first])) != "finished":
         return runs[run]
     lines = (Path(base.output_dir or "") / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps, prefix = [json.loads(line) for line in lines], "response_tokens_"

@@ -277,9 +277,8 @@ def test_published_runs_take_as_many_response_tokens_as_our_finished_one(tmp_pat
     spend(arguments.parse(planned["ours"]), 50, **tokens)
     ours, *published = settled_steps("published", planned).values()
     assert ours == 50 and published == [round(steps)] * 2
-    other = studies.plan(
-        "published", {**SIZES, **flags, "weight_decay": "0.3"}, tmp_path
-    )  # what stands there is no run of it
+    # What stands there is not the first run of another study.
+    other = studies.plan("published", {**SIZES, **flags, "weight_decay": "0.3"}, tmp_path)
     assert settled_steps("published", other) == before
 
 
